@@ -1,0 +1,150 @@
+"""Tidy a captured graph without changing a bit of what it computes: fewer nodes, no needless copies, exact dropout.
+
+The graph is functional (nothing is changed in place), so two nodes that are the same view of the same storage are the same
+value, and a copy in the same layout is its source.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch._aot_autograd import descriptors as aot
+
+from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
+from fxckpt.capture.effects import has_effects, is_selection
+
+aten = torch.ops.aten
+
+
+def clean(module: fx.GraphModule) -> None:
+    """Apply all clean-ups in place and recompile."""
+    graph = module.graph
+    _exact_dropout(graph)
+    _drop_copies(graph)
+    _merge_views(graph)
+    _own_gradients(graph)
+    _drop_dead(graph)
+    graph.lint()
+    module.recompile()
+
+
+def storage_key(value: Any) -> int | None:
+    """An identity of the storage behind a fake tensor, or None for other values."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def _exact_dropout(graph: fx.Graph) -> None:
+    scales: dict[fx.Node, float] = {}  # mask -> scale
+    for node in list(graph.nodes):
+        if node.target is aten.native_dropout.default and node.args[2]:
+            x, p, _ = node.args
+            value = x.meta["val"]
+            if value.device.type != "cpu":
+                continue
+            scale = eager_scale(float(p), value.dtype)
+            node.target, node.args = DROPOUT, (x, float(p), scale)
+            scales |= {user: scale for user in node.users if is_selection(user) and user.args[1] == 1}
+        elif node.target is aten.native_dropout_backward.default and node.args[1] in scales:
+            node.target, node.args = DROPOUT_BACKWARD, (*node.args[:2], scales[node.args[1]])
+
+
+def _drop_copies(graph: fx.Graph) -> None:
+    """Replace copies in the same layout, and detached tensors, by their source."""
+    kept = {storage_key(node.meta.get("val")) for node in graph.output_node().all_input_nodes}
+    changed = {storage_key(node.meta["val"]) for node in _changed_inputs(graph)}
+    for node in list(graph.nodes):
+        if node.target is aten.detach.default or _is_same_layout_copy(node, kept, changed):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+def _changed_inputs(graph: fx.Graph) -> list[fx.Node]:
+    """Placeholders whose tensors the step changes."""
+    outputs = graph.output_node()
+    changed = {d.mutated_input for d in outputs.meta["desc"] if isinstance(d, aot.InputMutationAOTOutput)}
+    return [node for node in graph.nodes if node.op == "placeholder" and node.meta["desc"] in changed]
+
+
+def _is_same_layout_copy(node: fx.Node, kept: set[int | None], changed: set[int | None]) -> bool:
+    if node.target is not aten.clone.default:
+        return False
+    source, copy = node.args[0].meta["val"], node.meta["val"]
+    return source.stride() == copy.stride() and storage_key(copy) not in kept and storage_key(source) not in changed
+
+
+def _merge_views(graph: fx.Graph) -> None:
+    """Of several nodes that are the same view of the same storage, keep the first."""
+    first: dict[tuple[Any, ...], fx.Node] = {}
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op == "output" or type(value) is tuple or not isinstance(value, torch.Tensor):
+            continue
+        if value.layout is not torch.strided:
+            continue
+        key = (
+            storage_key(value),
+            value.size(),
+            value.stride(),
+            value.storage_offset(),
+            value.dtype,
+            value.is_conj(),
+            value.is_neg(),
+        )
+        same = first.setdefault(key, node)
+        if same is not node and node.op == "call_function" and not has_effects(node):
+            node.replace_all_uses_with(same)
+            graph.erase_node(node)
+
+
+def _own_gradients(graph: fx.Graph) -> None:
+    """Copy a parameter's gradient where handing it over would make torch copy it, so that the copy is planned for.
+
+    Torch keeps a gradient without copying only if it has the parameter's layout and nobody else holds it.
+    """
+    output = graph.output_node()
+    leaves = list(output.args[0])
+    placeholders = {node.meta["desc"]: node for node in graph.nodes if node.op == "placeholder"}
+    given = {storage_key(node.meta["val"]) for node in placeholders.values()}
+    readers = _readers_by_storage(graph)
+    delivered: set[tuple[int | None, int]] = set()
+    for position, (desc, node) in enumerate(zip(output.meta["desc"], leaves, strict=True)):
+        if not isinstance(desc, aot.GradAOTOutput) or not isinstance(node, fx.Node):
+            continue
+        parameter = placeholders[desc.grad_of].meta["val"]
+        gradient = node.meta["val"]
+        if isinstance(desc.grad_of, aot.PlainAOTInput) or gradient.layout is not torch.strided:
+            continue
+        key = (storage_key(gradient), gradient.storage_offset())
+        shared = key in delivered or storage_key(gradient) in given or readers.get(storage_key(gradient))
+        delivered.add(key)
+        if shared or (gradient.stride() != parameter.stride() and parameter.is_contiguous()):
+            with graph.inserting_before(output):
+                copy = graph.call_function(aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
+            copy.meta = {
+                "val": torch.empty_like(gradient, memory_format=torch.contiguous_format),
+                "seq_nr": node.meta.get("seq_nr"),
+                "partitioner_tag": "is_backward",
+                "custom": node.meta.get("custom", {}),
+            }
+            leaves[position] = copy
+    output.args = (type(output.args[0])(leaves),)
+
+
+def _readers_by_storage(graph: fx.Graph) -> dict[int | None, int]:
+    """How many ops read each storage, not counting nodes that only make views of it."""
+    counts: dict[int | None, int] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or is_selection(node):
+            continue
+        own = storage_key(node.meta.get("val"))
+        for source in {storage_key(n.meta.get("val")) for n in node.all_input_nodes} - {None, own}:
+            counts[source] = counts.get(source, 0) + 1
+    return counts
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("call_function", "get_attr") and not node.users and not has_effects(node):
+            graph.erase_node(node)

@@ -1,0 +1,45 @@
+"""Dropout on CPU as eager torch computes it, with a mask of one byte an element.
+
+Traced on CPU, dropout becomes `aten.native_dropout`, which scales by 1/(1-p) in double precision. Eager torch multiplies by
+a noise tensor that was rounded to the tensor's own type first; in bfloat16, or at p = 0.15 in float32, the results differ in the
+last bit. These two ops draw the same random numbers, round as eager does, and need a byte an element where eager saves a float.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+_LIBRARY = torch.library.Library("fxckpt", "DEF")
+_LIBRARY.define(
+    "dropout(Tensor x, float p, float scale) -> (Tensor, Tensor)",
+    tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
+)
+_LIBRARY.define(
+    "dropout_backward(Tensor grad, Tensor mask, float scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
+)
+
+
+def _dropout(x: torch.Tensor, p: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    return x.mul(mask).mul_(scale), mask
+
+
+def _dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    return grad.mul(mask).mul_(scale)
+
+
+_LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")
+_LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")
+
+DROPOUT = torch.ops.fxckpt.dropout.default
+DROPOUT_BACKWARD = torch.ops.fxckpt.dropout_backward.default
+
+
+@functools.cache
+def eager_scale(p: float, dtype: torch.dtype) -> float:
+    """What eager torch multiplies kept elements by: 1/(1-p), rounded as a tensor of this type."""
+    if p >= 1:
+        return 0.0
+    return float(torch.ones((), dtype=dtype).div_(1 - p).item())

@@ -1,0 +1,153 @@
+"""Capture a model's forward and backward as one fx graph of ATen ops.
+
+This is the module that knows AOTAutograd's private interfaces for capture; `fxckpt.runtime` knows those for running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx, nn
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+
+from fxckpt.capture.cleanup import clean
+from fxckpt.capture.provenance import Provenance, of_nodes
+from fxckpt.capture.roles import Roles, read_roles
+from fxckpt.capture.structure import Structure, put_together, take_apart
+from fxckpt.capture.failure import explain
+from fxckpt.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class JointGraph:
+    """A captured training step.
+
+    Attributes:
+        module: one flat graph of ATen ops: placeholders, forward, backward, output.
+        roles: which node is what: parameters, inputs, tangents, outputs, updates, gradients.
+        inputs: structure of the arguments that it was captured with.
+        outputs: structure of what the model returns.
+        places: module path and source line of each node.
+    """
+
+    module: fx.GraphModule
+    roles: Roles
+    inputs: Structure
+    outputs: Structure
+    places: dict[fx.Node, tuple[str, str]]
+
+
+class _Traced(nn.Module):
+    """The model as a function of flat tensors, with plain tensor attributes turned into buffers."""
+
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], inputs: Structure, detached: frozenset[int]
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._forward, self._inputs, self._detached = forward, inputs, detached
+        self.outputs: Structure | None = None
+        self.attributes: list[tuple[dict[str, Any], str]] = []
+        known = {id(t) for t in (*model.parameters(), *model.buffers())}
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if type(value) is torch.Tensor and id(value) not in known:
+                    self.register_buffer(f"attribute_{len(self.attributes)}", value.detach())
+                    self.attributes.append((vars(module), name))
+
+    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
+        for index, (owner, name) in enumerate(self.attributes):
+            owner[name] = getattr(self, f"attribute_{index}")
+        args, kwargs = put_together(self._inputs, iter(tensors))
+        flat, self.outputs = take_apart(self._forward(*args, **kwargs))
+        return [t.detach() if i in self._detached else t for i, t in enumerate(flat)]
+
+
+def capture(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    forward: Callable[..., Any] | None = None,
+    undifferentiated: frozenset[int] = frozenset(),
+) -> JointGraph:
+    """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
+
+    Args:
+        model: a module, on any device, "meta" too.
+        args, kwargs: arguments of the call; tensors in them may be nested.
+        forward: what to trace instead of `model.forward`.
+        undifferentiated: indices, among the tensors that the model returns, of those that no gradient comes from.
+
+    Raises:
+        CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
+            like. The message names the source line.
+    """
+    tensors, inputs = take_apart((tuple(args), kwargs or {}))
+    call = forward or functools.partial(type(model).forward, model)
+    modules = {id(module): name for name, module in model.named_modules()}
+    traced = _Traced(model, call, inputs, undifferentiated)
+    with _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
+        joint = _export(stack, traced, tensors)
+    outputs = traced.outputs
+    if outputs is None:
+        raise CaptureError("the model's forward was never called while it was captured")
+    module, metadata = joint.graph_module, joint._aot_state.fw_metadata
+    clean(module)
+    return JointGraph(module, read_roles(module.graph, metadata), inputs, outputs, of_nodes(module.graph))
+
+
+def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
+    """Export the joint graph; a second time with torch's exporting flag set, which makes some models' mask code traceable."""
+    stack.enter_context(mock.patch("torch.compiler._is_compiling_flag", True))
+    stack.enter_context(torch.enable_grad())
+    try:
+        with contextlib.ExitStack() as attempt:
+            joint = aot_export_joint_with_descriptors(attempt, traced, tuple(tensors))
+            stack.push(attempt.pop_all())
+            return joint
+    except Exception as first:
+        try:
+            stack.enter_context(mock.patch("torch.compiler._is_exporting_flag", True))
+            return aot_export_joint_with_descriptors(stack, traced, tuple(tensors))
+        except Exception:
+            raise explain(first) from first
+
+
+@contextlib.contextmanager
+def _unchanged(model: nn.Module, traced: _Traced) -> Iterator[None]:
+    """Undo what tracing leaves on the model, and refuse models whose forward stores tensors on themselves.
+
+    Random-number state is put back too: fake tensors draw nothing, but the model's own Python code may.
+    """
+    before = {module: dict(vars(module)) for module in model.modules()}
+    state = torch.get_rng_state()
+    try:
+        yield
+        lifted = {(id(owner), name) for owner, name in traced.attributes}
+        for module, attributes in before.items():
+            for name, value in vars(module).items():
+                if (
+                    value is not attributes.get(name)
+                    and (id(vars(module)), name) not in lifted
+                    and _holds_tensor(value)
+                ):
+                    raise CaptureError(
+                        f"forward stores a tensor in attribute {name!r} of {type(module).__name__}. The optimized module can't "
+                        "repeat that: return the tensor instead, or register it as a buffer and update it in place"
+                    )
+    finally:
+        torch.set_rng_state(state)
+        for module, attributes in before.items():
+            vars(module).clear()
+            vars(module).update(attributes)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))

@@ -1,0 +1,75 @@
+"""Which module and which line of the user's code an op comes from.
+
+While the model is traced, every torch function call is seen by a mode that walks up the Python stack: the innermost
+frame whose `self` is a submodule names the module, the innermost frame outside torch the source line. Both travel to
+the fx nodes through torch's own node-annotation channel, and from forward to backward nodes by autograd's sequence number.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import traceback as fx_traceback
+from torch.overrides import TorchFunctionMode
+
+_KEY = "fxckpt"
+_LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+class Provenance(TorchFunctionMode):
+    """A torch-function mode that annotates nodes under construction with module path and source line."""
+
+    def __init__(self, modules: Mapping[int, str]) -> None:
+        """`modules` maps the id of each submodule to its path."""
+        super().__init__()
+        self._modules = modules
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        place = locate(self._modules)
+        if place != ("", ""):
+            custom = fx_traceback.current_meta.get("custom", {})
+            fx_traceback.current_meta["custom"] = {**custom, _KEY: place}
+        return func(*args, **(kwargs or {}))
+
+
+def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
+    """Module path and "file:line" of the code that is running (or of `frame`); "" where there is none."""
+    frame = frame or sys._getframe(2)
+    module: str | None = None
+    source = ""
+    while frame is not None and (module is None or not source):
+        filename = frame.f_code.co_filename
+        if not source and not filename.startswith((_LIBRARY, _OURS, "<")):
+            source = f"{filename}:{frame.f_lineno}"
+        if module is None and frame.f_code.co_name != "_call_impl":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                module = modules.get(id(owner))
+        frame = frame.f_back
+    return module or "", source
+
+
+def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
+    """Module path and source line of each node; backward nodes have those of their forward node."""
+    places: dict[fx.Node, tuple[str, str]] = {}
+    by_sequence: dict[int, tuple[str, str]] = {}
+    for node in graph.nodes:
+        place = node.meta.get("custom", {}).get(_KEY)
+        sequence = node.meta.get("seq_nr")
+        is_backward = node.meta.get("partitioner_tag") == "is_backward"
+        if place and not is_backward:
+            by_sequence[sequence] = place
+        if "Gradient addition" in node.meta.get("stack_trace", ""):  # it carries no sequence number of its own
+            place = places.get(node.all_input_nodes[-1])
+        elif is_backward:
+            place = by_sequence.get(sequence, place)
+        places[node] = place or ("", "")
+    return places

@@ -1,0 +1,78 @@
+"""Every exception fxckpt raises on purpose. Catch `FxckptError` to catch them all."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BudgetError",
+    "CaptureError",
+    "FxckptError",
+    "InfeasibleBudgetError",
+    "InvalidScheduleError",
+    "MissingExtraError",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "RuntimeContractError",
+    "SolverError",
+    "VerificationError",
+]
+
+
+class FxckptError(Exception):
+    """Base class of all errors raised by fxckpt."""
+
+
+class BudgetError(FxckptError, ValueError):
+    """A memory budget, or another size, that can't be read as a number of bytes."""
+
+
+class CaptureError(FxckptError, RuntimeError):
+    """The model's forward and backward can't be captured as one graph."""
+
+
+class InvalidScheduleError(FxckptError, ValueError):
+    """A schedule reads a storage that is not live, repeats what must not be repeated, or misses an op."""
+
+
+class InfeasibleBudgetError(FxckptError, ValueError):
+    """No schedule that the solver can find fits the budget.
+
+    Attributes:
+        budget_bytes: the budget that was asked for [B].
+        floor_bytes: the smallest peak the solver reached [B]; a budget of this size works.
+    """
+
+    def __init__(self, message: str, *, budget_bytes: int, floor_bytes: int) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.floor_bytes = floor_bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_infeasible, (str(self), self.budget_bytes, self.floor_bytes))
+
+
+def _infeasible(message: str, budget_bytes: int, floor_bytes: int) -> InfeasibleBudgetError:
+    return InfeasibleBudgetError(message, budget_bytes=budget_bytes, floor_bytes=floor_bytes)
+
+
+class SolverError(FxckptError, RuntimeError):
+    """A solver is unknown, was given options it does not have, or returned a schedule that breaks its contract."""
+
+
+class PlanMismatchError(FxckptError, ValueError):
+    """A plan was made for another graph than the one it is applied to."""
+
+
+class PlanFormatError(FxckptError, ValueError):
+    """A plan file is damaged, too large, or not a plan."""
+
+
+class VerificationError(FxckptError, AssertionError):
+    """An emitted graph does not execute its schedule, or a run differs from the plain model."""
+
+
+class RuntimeContractError(FxckptError, RuntimeError):
+    """An optimized module was used in a way that can't give the plain model's gradients."""
+
+
+class MissingExtraError(FxckptError, ImportError):
+    """An optional dependency is missing; the message names the extra to install."""

@@ -1,0 +1,1 @@
+"""Profile: a joint graph becomes storages, bytes and times."""

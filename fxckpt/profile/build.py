@@ -1,0 +1,134 @@
+"""From the captured fx graph to the torch-free `Graph` that solvers work on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxckpt.capture.effects import has_effects, is_random, why_pinned
+from fxckpt.capture.joint import JointGraph
+from fxckpt.graph import Graph, Op, Storage
+from fxckpt.profile.estimate import count_flops
+from fxckpt.profile.storage import StorageMap, map_storages
+
+_CPU_STATE_BYTES = 5056
+_CUDA_STATE_BYTES = 16
+
+
+@dataclass(frozen=True)
+class OpCost:
+    """Time and inner memory of an op: `time_us` [µs], `workspace_bytes` [B]."""
+
+    time_us: float
+    workspace_bytes: int = 0
+
+
+CostModel = Callable[[fx.Node], OpCost]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A captured step, its `Graph`, and how the two correspond: `nodes[i]` is the fx node of `graph.ops[i]`."""
+
+    joint: JointGraph
+    map: StorageMap
+    nodes: tuple[fx.Node, ...]
+    graph: Graph
+
+
+def build(joint: JointGraph, cost: CostModel) -> Profile:
+    """Build the `Graph` of a captured step, with times and workspaces by a cost model."""
+    map_ = map_storages(joint)
+    working = [n for n in joint.module.graph.nodes if n in map_.writes]
+    nodes = [n for n in working if n in map_.forward] + [n for n in working if n not in map_.forward]
+    replayed = _ReplayedStorages(joint, map_)
+    ops = tuple(_op(node, joint, map_, replayed, cost) for node in nodes)
+    roles = joint.roles
+    gradients = [i.gradient for i in roles.inputs if i.gradient is not None]
+    graph = Graph(
+        ops=ops,
+        storages=(*map_.storages, *replayed.storages),
+        forward_count=sum(n in map_.forward for n in nodes),
+        outputs=_behind(map_, [o.node for o in roles.outputs]),
+        updates=_behind(map_, [i.update for i in roles.inputs if i.update is not None]),
+        gradients=_behind(map_, gradients),
+        allocated_gradient_bytes=sum(_size_bytes(g) for g in gradients),
+    )
+    graph.check()
+    return Profile(joint, map_, tuple(nodes), graph)
+
+
+def _behind(map_: StorageMap, nodes: list[fx.Node]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(map_.behind[n] for n in nodes))
+
+
+class _ReplayedStorages:
+    """Storages that exist only so that an op can be repeated: generator states, and buffers before they are changed."""
+
+    def __init__(self, joint: JointGraph, map_: StorageMap) -> None:
+        self._offset = len(map_.storages)
+        self._changed = {map_.behind[i.node] for i in joint.roles.inputs if i.update is not None}
+        self._map = map_
+        self.storages: list[Storage] = []
+
+    def of(self, node: fx.Node) -> tuple[int, ...]:
+        found = []
+        if is_random(node):
+            found.append(self._add(f"{node.name}.rng_state", _state_bytes(node)))
+        for storage in self._map.reads(node):
+            if storage in self._changed:
+                name = f"{node.name}.{self._map.storages[storage].name}"
+                found.append(self._add(name, self._map.storages[storage].size_bytes))
+        return tuple(found)
+
+    def _add(self, name: str, size_bytes: int) -> int:
+        self.storages.append(Storage(name, size_bytes, "activation"))
+        return self._offset + len(self.storages) - 1
+
+
+def _op(node: fx.Node, joint: JointGraph, map_: StorageMap, replayed: _ReplayedStorages, cost: CostModel) -> Op:
+    pinned = why_pinned(node)
+    estimate = cost(node)
+    module, source = joint.places[node]
+    return Op(
+        name=node.name,
+        target=str(node.target),
+        reads=map_.reads(node),
+        writes=map_.writes[node],
+        replay=() if pinned else replayed.of(node),
+        time_us=estimate.time_us,
+        flops=count_flops(node),
+        workspace_bytes=estimate.workspace_bytes,
+        pinned=pinned,
+        ordered=has_effects(node),
+        module=module,
+        source=source,
+        signature=signature(node),
+    )
+
+
+def signature(node: fx.Node) -> str:
+    """What op a node is, apart from its place in the graph: target, constants, and form of every tensor."""
+    args = pytree.tree_map_only(fx.Node, lambda n: _form(n.meta.get("val")), (node.args, node.kwargs))
+    return f"{node.target}{args}"
+
+
+def _form(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{value.dtype}{list(value.shape)}{list(value.stride())}@{value.device}".replace("torch.", "")
+
+
+def _state_bytes(node: fx.Node) -> int:
+    value = next(t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor))
+    return _CPU_STATE_BYTES if value.device.type in ("cpu", "meta") else _CUDA_STATE_BYTES
+
+
+def _size_bytes(node: fx.Node) -> int:
+    value = node.meta["val"]
+    return int(value.numel() * value.element_size())

@@ -1,0 +1,115 @@
+"""Cost models that run nothing: time from floating-point operations and bytes moved.
+
+An op takes the longer of its arithmetic and its memory traffic, plus a fixed launch time (the roofline model; Williams,
+Waterman and Patterson, 2009).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import flop_registry
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a device can do.
+
+    Attributes:
+        name: how it is called.
+        flops_per_s: arithmetic by type of number; "float32" is the fall-back [1/s].
+        bytes_per_s: memory traffic [B/s].
+        launch_us: time that any op takes at least [µs].
+        allocation_bytes: the allocator rounds sizes up to multiples of this [B].
+    """
+
+    name: str
+    flops_per_s: dict[str, float]
+    bytes_per_s: float
+    launch_us: float
+    allocation_bytes: int = 1
+
+
+_REFERENCE = DeviceProfile("reference", {"float32": 60e9}, 20e9, 2.0)
+
+DEVICES: dict[str, DeviceProfile] = {
+    profile.name: profile
+    for profile in (
+        _REFERENCE,
+        # A generic server core pair; `measure` knows the real machine.
+        DeviceProfile("cpu", {"float32": 60e9, "bfloat16": 30e9, "float16": 20e9, "float64": 30e9}, 20e9, 2.0),
+        # Vendors' data sheets, dense, without sparsity; float32 on tensor cores is TF32 only where the user allows it.
+        DeviceProfile(
+            "A100", {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12, "float64": 19.5e12}, 2.04e12, 4.0, 512
+        ),
+        DeviceProfile(
+            "H100", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12, "float64": 67e12}, 3.35e12, 4.0, 512
+        ),
+        DeviceProfile(
+            "RTX 4090",
+            {"float32": 82.6e12, "bfloat16": 165e12, "float16": 165e12, "float64": 1.3e12},
+            1.01e12,
+            4.0,
+            512,
+        ),
+    )
+}
+
+
+def count_flops(node: fx.Node) -> int:
+    """Floating-point operations of a matrix product, convolution or attention; 0 for other ops."""
+    registry: dict[Any, Callable[..., int]] = flop_registry
+    packet = getattr(node.target, "overloadpacket", None)
+    args, kwargs = pytree.tree_map(_value, (node.args, node.kwargs))
+    if packet in registry:
+        return int(registry[packet](*args, **kwargs, out_val=node.meta["val"]))
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
+        return _attention_flops(*args[:3])
+    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        return _attention_flops(*args[1:4]) * 5 // 2
+    return 0
+
+
+def traffic_bytes(node: fx.Node) -> int:
+    """Bytes of all tensors that the op takes and returns [B]."""
+    values = [n.meta.get("val") for n in node.all_input_nodes] + [node.meta.get("val")]
+    tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def roofline_us(profile: DeviceProfile, flops: int, bytes_moved: int, dtype: torch.dtype) -> float:
+    """Time of an op on a device [µs]."""
+    rate = profile.flops_per_s.get(str(dtype).removeprefix("torch."), profile.flops_per_s["float32"])
+    return max(flops / rate, bytes_moved / profile.bytes_per_s) * 1e6 + profile.launch_us
+
+
+def estimate_us(node: fx.Node, profile: DeviceProfile) -> float:
+    """Time of a node on a device [µs].
+
+    With the profile "reference" the FLOPs are those of torch's own registry, which does not know attention on CPU.
+    """
+    flops = count_flops(node)
+    if profile is _REFERENCE and getattr(node.target, "overloadpacket", None) not in flop_registry:
+        flops = 0
+    return roofline_us(profile, flops, traffic_bytes(node), _dtype(node))
+
+
+def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
+    batch, heads, queries, width = query.shape
+    return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    first = next((t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)), None)
+    return torch.float32 if first is None else first.dtype
+
+
+def _value(argument: Any) -> Any:
+    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument

@@ -1,0 +1,132 @@
+"""Which storages stand behind the nodes of a captured graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxckpt.capture.cleanup import storage_key
+from fxckpt.capture.effects import is_selection
+from fxckpt.capture.joint import JointGraph
+from fxckpt.capture.roles import InputKind
+from fxckpt.graph import Storage, StorageKind
+
+
+@dataclass(frozen=True)
+class StorageMap:
+    """Storages of a captured graph.
+
+    Attributes:
+        storages: all of them.
+        behind: for each node that yields a tensor, the storage that the tensor is in.
+        writes: for each node that does work, the storages it allocates; nodes that are missing here only make views.
+        forward: the forward nodes that do work.
+    """
+
+    storages: tuple[Storage, ...]
+    behind: dict[fx.Node, int]
+    writes: dict[fx.Node, tuple[int, ...]]
+    forward: frozenset[fx.Node]
+
+    def reads(self, node: fx.Node) -> tuple[int, ...]:
+        """The storages that a node reads, each once."""
+        return tuple(dict.fromkeys(self.behind[n] for n in node.all_input_nodes if n in self.behind))
+
+
+def map_storages(joint: JointGraph) -> StorageMap:
+    """Group the tensors of the graph by the memory they live in.
+
+    Fake tensors share storages exactly as the real ones will, so identity of their storages is what counts.
+    """
+    graph = joint.module.graph
+    forward = forward_nodes(joint)
+    kinds = _given_kinds(joint)
+    storages: list[Storage] = []
+    index_of: dict[int, int] = {}
+    behind: dict[fx.Node, int] = {}
+    writes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def add(name: str, size_bytes: int, kind: StorageKind) -> int:
+        storages.append(Storage(name, size_bytes, kind))
+        return len(storages) - 1
+
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        value = node.meta.get("val")
+        if node.op in ("placeholder", "get_attr"):
+            tensor = value if isinstance(value, torch.Tensor) else getattr(joint.module, str(node.target), None)
+            if isinstance(tensor, torch.Tensor):
+                key = storage_key(tensor)
+                if key not in index_of:
+                    index_of[key] = add(node.name, tensor.untyped_storage().nbytes(), kinds.get(node, "buffer"))
+                behind[node] = index_of[key]
+            continue
+        if is_selection(node):
+            if isinstance(value, torch.Tensor):
+                behind[node] = index_of[storage_key(value)]
+            continue
+        kind: StorageKind = "activation" if node in forward else "backward"
+        written = []
+        outputs = list(_tensors_written(node))
+        for name, tensor in outputs:
+            key = storage_key(tensor)
+            if key not in index_of:
+                index_of[key] = add(name, tensor.untyped_storage().nbytes(), kind)
+                written.append(index_of[key])
+        if isinstance(value, torch.Tensor):
+            behind[node] = index_of[storage_key(value)]
+        if written or not outputs:
+            writes[node] = tuple(written)
+    return StorageMap(tuple(storages), behind, writes, forward)
+
+
+def forward_nodes(joint: JointGraph) -> frozenset[fx.Node]:
+    """Nodes that run in forward: all that outputs and updates need, and those autograd put there."""
+    ends = [o.node for o in joint.roles.outputs] + [i.update for i in joint.roles.inputs if i.update is not None]
+    needed: set[fx.Node] = set()
+    stack = ends
+    while stack:
+        node = stack.pop()
+        if node not in needed:
+            needed.add(node)
+            stack += node.all_input_nodes
+    tangents = {o.tangent for o in joint.roles.outputs}
+    after: set[fx.Node] = set()  # nodes that depend on a tangent
+    for node in joint.module.graph.nodes:
+        if node in tangents or any(n in after for n in node.all_input_nodes):
+            after.add(node)
+        elif node.op in ("call_function", "get_attr") and node.meta.get("partitioner_tag") == "is_forward":
+            needed.add(node)
+    return frozenset(needed - after)
+
+
+def _given_kinds(joint: JointGraph) -> dict[fx.Node, StorageKind]:
+    names: dict[InputKind, StorageKind] = {
+        InputKind.PARAMETER: "parameter",
+        InputKind.BUFFER: "buffer",
+        InputKind.ATTRIBUTE: "buffer",
+        InputKind.ARGUMENT: "input",
+    }
+    kinds = {i.node: names[i.kind] for i in joint.roles.inputs}
+    return kinds | {o.tangent: "tangent" for o in joint.roles.outputs if o.tangent is not None}
+
+
+def _tensors_written(node: fx.Node) -> list[tuple[str, torch.Tensor]]:
+    """Names and values of the tensors that an op returns; those that nobody reads are allocated all the same."""
+    value: Any = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        return [(node.name, value)]
+    if not isinstance(value, (tuple, list)):
+        return []
+    picked = {user.args[1]: user for user in node.users if is_selection(user)}
+    named = []
+    for position, tensor in enumerate(value):
+        user = picked.get(position)
+        tensor = user.meta["val"] if user is not None else tensor
+        if isinstance(tensor, torch.Tensor):
+            named.append((user.name if user is not None else f"{node.name}[{position}]", tensor))
+    return named

@@ -1,0 +1,1 @@
+"""Report: a plan becomes text and pictures."""

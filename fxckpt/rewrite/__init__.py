@@ -1,0 +1,1 @@
+"""Rewrite: a schedule becomes a forward and a backward graph."""

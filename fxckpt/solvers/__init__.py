@@ -1,0 +1,1 @@
+"""Solvers: functions from a graph and a budget in bytes to a schedule."""

@@ -1,0 +1,78 @@
+"""Bytes and microseconds, read and written the way people write them."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from fxckpt.errors import BudgetError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes [B] of a size such as ``"8GB"`` (10⁹), ``"8GiB"`` (2³⁰) or ``"500 MB"``; fractions round down.
+
+    >>> parse_bytes("1.5KiB")
+    1536
+
+    Raises:
+        BudgetError: the text is not a positive number with a unit of bytes.
+    """
+    match = _SIZE.fullmatch(text)
+    factor = _UNITS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise BudgetError(
+            f"can't read {text!r} as a size: write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, "
+            'such as "8GB" or "500MiB"'
+        )
+    whole, _, fraction = match[1].partition(".")
+    size_bytes = (int(whole + fraction or "0") * factor) // 10 ** len(fraction)
+    if size_bytes <= 0:
+        raise BudgetError(f"a size must be at least one byte, but {text!r} is {size_bytes}")
+    return size_bytes
+
+
+def format_bytes(size_bytes: int) -> str:
+    """A size with a binary unit and three or four digits.
+
+    >>> format_bytes(1536), format_bytes(73_400_320)
+    ('1.50 KiB', '70.0 MiB')
+    """
+    sign = "-" if size_bytes < 0 else ""
+    value = abs(float(size_bytes))
+    if value < 1024:
+        return f"{size_bytes} B"
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        value /= 1024
+        if value < 1023.5 or unit == "TiB":
+            break
+    digits = max(0, 2 - int(math.log10(max(value, 1))))
+    return f"{sign}{value:.{digits}f} {unit}"
+
+
+def format_us(time_us: float) -> str:
+    """A time with three or four digits.
+
+    >>> format_us(950.0), format_us(12_340.0), format_us(2.5e6)
+    ('950 µs', '12.3 ms', '2.50 s')
+    """
+    value, unit = time_us, "µs"
+    if abs(time_us) >= 1e6:
+        value, unit = time_us / 1e6, "s"
+    elif abs(time_us) >= 1e3:
+        value, unit = time_us / 1e3, "ms"
+    digits = max(0, 2 - int(math.log10(max(abs(value), 1))))
+    return f"{value:.{digits}f} {unit}"
