@@ -1,0 +1,305 @@
+"""Emit a schedule as two fx graphs, forward and backward, in which repeated ops are there to read.
+
+Every step of the schedule becomes one node; views are made just before their first reader and again where needed after that.
+Values that backward needs become outputs of the forward graph and inputs of the backward graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxckpt import schedule as schedules
+from fxckpt.capture.effects import is_random, is_selection
+from fxckpt.errors import InvalidScheduleError
+from fxckpt.profile.build import Profile
+from fxckpt.rewrite.codegen import compile_boxed, deliver
+from fxckpt.rewrite.rng import rng_state, run_with_rng_state
+from fxckpt.schedule import Schedule
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Gradients that leave together: after step `step`, those of the inputs `inputs` (indices into the roles)."""
+
+    step: int
+    inputs: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """The two programs of a plan.
+
+    Attributes:
+        forward: takes all inputs of the step; returns updates, then outputs, then what is saved.
+        backward: takes what is saved, then the inputs named by `given`, then the tangents of `tangents`; yields
+            gradients stage by stage.
+        saved: the forward graph's nodes whose values are saved.
+        given: indices of the inputs that backward reads.
+        tangents: indices of the outputs whose tangents backward takes.
+        stages: what is yielded when.
+    """
+
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+    saved: tuple[fx.Node, ...]
+    given: tuple[int, ...]
+    tangents: tuple[int, ...]
+    stages: tuple[Stage, ...]
+
+
+def stages_of(profile: Profile, schedule: Schedule) -> tuple[Stage, ...]:
+    """The stages of backward: which inputs' gradients leave after which step."""
+    owners: dict[int, list[int]] = {}
+    for index, given in enumerate(profile.joint.roles.inputs):
+        if given.gradient is not None:
+            owners.setdefault(profile.map.behind[given.gradient], []).append(index)
+    return tuple(
+        Stage(delivery.step, tuple(index for storage in delivery.gradients for index in owners[storage]))
+        for delivery in schedules.deliveries(profile.graph, schedule)
+    )
+
+
+def emit(profile: Profile, schedule: Schedule) -> Emitted:
+    """Emit the forward and backward graphs of a schedule.
+
+    Each emitted node's meta says what it is: `fxckpt_step` (the step of the schedule; on ops only) and `fxckpt_node`
+    (the captured node whose value it is).
+    """
+    schedules.check(profile.graph, schedule)
+    stages = stages_of(profile, schedule)
+    roles = profile.joint.roles
+    first = _Writer(profile, schedule, None)
+    for given in roles.inputs:
+        first.place(given.node, first.graph.placeholder(given.node.name))
+    for step in range(schedule.forward_steps):
+        first.step(step)
+    results = first.results()
+    second = _Writer(profile, schedule, first)
+    tangents = tuple(i for i, o in enumerate(roles.outputs) if o.tangent is not None)
+    for output in roles.outputs:
+        if output.tangent is not None:
+            second.place(output.tangent, second.graph.placeholder(output.tangent.name))
+    finished = {stage.step: stage for stage in stages}
+    for step in range(schedule.forward_steps, len(schedule)):
+        second.step(step)
+        if step in finished:
+            second.deliver(finished[step].inputs)
+    first.finish(results, second.saved)
+    given_indices = second.order_inputs(tangents)
+    return Emitted(
+        forward=compile_boxed(first.graph, profile.joint.module, "Forward"),
+        backward=compile_boxed(second.graph, profile.joint.module, "Backward"),
+        saved=tuple(second.saved),
+        given=given_indices,
+        tangents=tangents,
+        stages=stages,
+    )
+
+
+class _Writer:
+    """Writes one of the two graphs. `value(node)` is the current value of a captured node in it, made if need be."""
+
+    def __init__(self, profile: Profile, schedule: Schedule, before: _Writer | None) -> None:
+        self.graph = fx.Graph()
+        self.saved: list[fx.Node] = []  # nodes of the forward graph whose values are read here
+        self._profile, self._schedule, self._before = profile, schedule, before
+        self._values: dict[fx.Node, fx.Node] = {}
+        self._inputs: dict[fx.Node, fx.Node] = {}  # node of the forward graph, or captured input -> placeholder
+        self._nodes_behind: dict[int, list[fx.Node]] = {}
+        for node, storage in profile.map.behind.items():
+            self._nodes_behind.setdefault(storage, []).append(node)
+        self._executed: set[int] = before._executed if before else set()
+        self._captured: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
+        self._repeated = schedule.repeats()
+
+    # values
+
+    def place(self, node: fx.Node, emitted: fx.Node) -> None:
+        """Make `emitted` the value of a captured node."""
+        emitted.meta["val"] = node.meta.get("val")
+        emitted.meta["fxckpt_node"] = node
+        self._values[node] = emitted
+
+    def value(self, node: fx.Node, substitutes: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
+        """The emitted node that holds the value of a captured node; views are made anew where they are missing."""
+        if substitutes and node in substitutes:
+            return substitutes[node]
+        stale = substitutes is not None and any(n in substitutes for n in _ancestry(node))
+        if node in self._values and not stale:
+            return self._values[node]
+        if self._before is not None and not stale and self._comes_from_before(node):
+            return self._receive(node)
+        if node.op == "get_attr":
+            emitted = self.graph.create_node("get_attr", node.target, name=node.name)
+        elif node.op == "call_function" and (node not in self._profile.map.writes or is_selection(node)):
+            args, kwargs = self._arguments(node, substitutes)
+            emitted = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        else:
+            raise InvalidScheduleError(f"{node.name} is read before it is computed")
+        if stale:
+            emitted.meta["fxckpt_node"] = node
+            return emitted
+        self.place(node, emitted)
+        return emitted
+
+    def _comes_from_before(self, node: fx.Node) -> bool:
+        assert self._before is not None
+        return node.op == "placeholder" or node in self._before._values
+
+    def _receive(self, node: fx.Node) -> fx.Node:
+        assert self._before is not None
+        placeholder = self.graph.placeholder(node.name)
+        self.place(node, placeholder)
+        if node.op == "placeholder":
+            self._inputs[node] = placeholder
+        else:
+            source = self._before._values[node]
+            self._inputs[source] = placeholder
+            self.saved.append(source)
+        return placeholder
+
+    def _arguments(self, node: fx.Node, substitutes: dict[fx.Node, fx.Node] | None = None) -> tuple[Any, Any]:
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, substitutes))  # type: ignore[return-value]
+
+    # steps
+
+    def step(self, step: int) -> None:
+        """Emit one step of the schedule."""
+        index = self._schedule.order[step]
+        node, op = self._profile.nodes[index], self._profile.graph.ops[index]
+        if index in self._executed:
+            emitted = self._repeat(node, op.replay)
+        else:
+            if op.replay and index in self._repeated:
+                self._capture_replay(node, op.replay)
+            args, kwargs = self._arguments(node)
+            emitted = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+        self._executed.add(index)
+        for storage in op.writes:
+            self._forget(storage)
+        self.place(node, emitted)
+        emitted.meta["fxckpt_step"] = step
+        picked = [user for user in node.users if is_selection(user)]
+        for user in picked:
+            name = f"{user.name}_again" if emitted.name.startswith(f"{node.name}_again") else user.name
+            self.place(user, self.graph.create_node("call_function", user.target, (emitted, user.args[1]), name=name))
+        if picked:
+            del self._values[node]
+
+    def _forget(self, storage: int) -> None:
+        """A storage is written anew: values in the old copy are not what later readers mean."""
+        for node in self._nodes_behind.get(storage, ()):
+            self._values.pop(node, None)
+            if self._before is not None:
+                self._before._values.pop(node, None)
+
+    def _repeat(self, node: fx.Node, replay: tuple[int, ...]) -> fx.Node:
+        name = f"{node.name}_again"
+        captured = {s: self._replay_value(s) for s in replay}
+        old = iter(captured.values())
+        state = next(old) if is_random(node) else None
+        changed = dict(zip(self._changed_inputs(node), old, strict=True))
+        args, kwargs = self._arguments(node, changed or None)
+        if state is None:
+            return self.graph.create_node("call_function", node.target, args, kwargs, name=name)
+        arguments = (state, _device(node), node.target, *args)
+        return self.graph.create_node("call_function", run_with_rng_state, arguments, kwargs, name=name)
+
+    def _capture_replay(self, node: fx.Node, replay: tuple[int, ...]) -> None:
+        """Before an op that will be repeated: note generator state and old values of buffers that the step changes."""
+        storages = iter(replay)
+        if is_random(node):
+            state = self.graph.call_function(rng_state, (_device(node),))
+            self._keep_replay(next(storages), state)
+        for placeholder in self._changed_inputs(node):
+            copy = self.graph.call_function(aten.clone.default, (self.value(placeholder),))
+            self._keep_replay(next(storages), copy)
+
+    def _keep_replay(self, storage: int, emitted: fx.Node) -> None:
+        emitted.meta["fxckpt_replay"] = storage
+        self._captured[storage] = emitted
+
+    def _replay_value(self, storage: int) -> fx.Node:
+        if storage not in self._captured and self._before is not None:
+            source = self._before._captured[storage]
+            placeholder = self.graph.placeholder(source.name)
+            placeholder.meta["fxckpt_replay"] = storage
+            self._captured[storage] = placeholder
+            self._inputs[source] = placeholder
+            self.saved.append(source)
+        return self._captured[storage]
+
+    def _changed_inputs(self, node: fx.Node) -> list[fx.Node]:
+        """Placeholders whose tensors the step changes, among those that an op reads, in the order of its replay storages."""
+        roles, behind = self._profile.joint.roles, self._profile.map.behind
+        changed = {behind[i.node]: i.node for i in roles.inputs if i.update is not None}
+        return [changed[s] for s in self._profile.map.reads(node) if s in changed]
+
+    # ends
+
+    def deliver(self, inputs: tuple[int, ...]) -> None:
+        """Emit the hand-over of some inputs' gradients."""
+        gradients = [self._profile.joint.roles.inputs[i].gradient for i in inputs]
+        self.graph.call_function(deliver, tuple(self.value(g) for g in gradients if g is not None))
+
+    def results(self) -> list[fx.Node]:
+        """What the step hands out when forward ends: updates, then outputs."""
+        roles = self._profile.joint.roles
+        updates = [self.value(i.update) for i in roles.inputs if i.update is not None]
+        return updates + [self.value(o.node) for o in roles.outputs]
+
+    def finish(self, results: list[fx.Node], saved: list[fx.Node]) -> None:
+        """End the forward graph: return what is handed out, and saved values."""
+        handed_out = set(results)
+        kept = []
+        for node in saved:
+            if node in handed_out:  # the caller's tensor becomes part of autograd's graph: keep another of its storage
+                kept.append(self.graph.call_function(aten.detach.default, (node,)))
+            else:
+                kept.append(node)
+        self.graph.output((*results, *kept))
+        _drop_unused(self.graph)
+
+    def order_inputs(self, tangents: tuple[int, ...]) -> tuple[int, ...]:
+        """End the backward graph: saved values first, then inputs, then tangents. Returns the indices of the inputs."""
+        roles = self._profile.joint.roles
+        self.graph.output(None)
+        _drop_unused(self.graph)
+        given = tuple(i for i, role in enumerate(roles.inputs) if role.node in self._inputs)
+        order = [self._inputs[node] for node in self.saved]
+        order += [self._inputs[roles.inputs[i].node] for i in given]
+        order += [self._values[node] for i in tangents if (node := roles.outputs[i].tangent) is not None]
+        for placeholder in reversed(order):
+            first = next(iter(self.graph.nodes))
+            if first is not placeholder:
+                first.prepend(placeholder)
+        return given
+
+
+def _ancestry(node: fx.Node) -> set[fx.Node]:
+    """A node and all that it is computed from by views alone."""
+    found = {node}
+    if node.op == "call_function":
+        for source in node.all_input_nodes:
+            found |= _ancestry(source)
+    return found
+
+
+def _device(node: fx.Node) -> str:
+    value = next(t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor))
+    return str(value.device)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    """Erase views and selections that nobody reads; ops stay, since each is a step of the schedule."""
+    for node in reversed(list(graph.nodes)):
+        is_free = node.op in ("call_function", "get_attr") and "fxckpt_node" in node.meta
+        if is_free and "fxckpt_step" not in node.meta and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,224 @@
+"""Run emitted graphs under autograd.
+
+Forward is one `autograd.Function` without gradients of its own. Backward is a chain of small ones, a stage each, linked by an
+empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns the gradients
+that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage starts.
+
+Besides `fxckpt.capture.joint` this is the only module that relies on torch's private interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
+from torch.autograd.function import FunctionCtx
+
+from fxckpt.capture.roles import Result, Roles
+from fxckpt.errors import RuntimeContractError
+from fxckpt.rewrite.split import Emitted
+
+Tangents = frozenset[int]
+"""Which outputs (indices into `Roles.outputs`) backward starts from."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A plan made runnable: emitted graphs, and the roles of what goes in and comes out."""
+
+    roles: Roles
+    emitted: Emitted
+
+    @property
+    def tangents(self) -> Tangents:
+        """The outputs that backward starts from."""
+        return frozenset(self.emitted.tangents)
+
+    def updated(self) -> tuple[int, ...]:
+        """Indices of the inputs that forward changes."""
+        return tuple(i for i, given in enumerate(self.roles.inputs) if given.update is not None)
+
+
+BackwardFor = Callable[[Tangents], Program]
+"""Given the outputs that were differentiated, a program whose backward continues from the forward that ran."""
+
+
+def run_forward(program: Program, given: Sequence[torch.Tensor], backward_for: BackwardFor) -> list[torch.Tensor]:
+    """Run a step's forward and connect it to autograd. Returns what the model returns, flat.
+
+    Args:
+        program: what to run.
+        given: the tensors of `program.roles.inputs`.
+        backward_for: called in backward if other outputs were differentiated than the program expects.
+    """
+    step = _Step(program, given, backward_for)
+    token = torch.empty(0, requires_grad=True)
+    for index in reversed(range(len(program.emitted.stages))):
+        leaves = [given[i] for i in program.emitted.stages[index].inputs]
+        token = _Stage.apply(step, index, token, *leaves)
+    outputs = _Head.apply(step, token)
+    step.watch(outputs)
+    return [_result(result, outputs, given) for result in program.roles.results]
+
+
+def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
+    base = outputs[result.index] if result.kind.endswith("output") else given[result.index]
+    if result.alias is None:
+        return base
+    return gen_alias_from_base(
+        base, result.example, result.alias.requires_grad, result.alias.view_meta_sequence, replay_views=True
+    )
+
+
+@contextlib.contextmanager
+def _plain_execution() -> Iterator[None]:
+    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already."""
+    with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+class _Step:
+    """One forward and its backwards: what is saved between them, and backward's progress."""
+
+    def __init__(self, program: Program, given: Sequence[torch.Tensor], backward_for: BackwardFor) -> None:
+        self._program, self._given, self._backward_for = program, list(given), backward_for
+        self._saved: list[torch.Tensor] | None = None
+        self._given_versions: list[int] = []
+        self._watched: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._running: Iterator[list[torch.Tensor | None]] | None = None
+
+    def forward(self) -> tuple[torch.Tensor, ...]:
+        """Compute outputs, copy updates into the inputs that forward changes, and keep what backward reads."""
+        emitted, roles = self._program.emitted, self._program.roles
+        updated = self._program.updated()
+        with _plain_execution():
+            values: tuple[torch.Tensor, ...] = emitted.forward.forward(list(self._given))
+        with torch.no_grad():
+            for index, new in zip(updated, values, strict=False):
+                self._given[index].copy_(new)
+        self._given_versions = [self._given[i]._version for i in emitted.given]
+        first, last = len(updated), len(updated) + len(roles.outputs)
+        self._saved = list(values[last:])
+        return values[first:last]
+
+    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
+        """Remember the versions of outputs, some of which backward may read."""
+        self._watched = [(weakref.ref(output), output._version) for output in outputs]
+
+    def start_backward(self, tangents: list[torch.Tensor | None]) -> None:
+        """Begin a backward from these tangents (None for outputs that nobody differentiated)."""
+        self._check_backward()
+        assert self._saved is not None
+        present = frozenset(i for i, tangent in enumerate(tangents) if tangent is not None)
+        program = self._program if present == self._program.tangents else self._backward_for(present)
+        emitted, outputs = program.emitted, program.roles.outputs
+        boxed = list(self._saved)
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self._saved = None
+        boxed += [self._given[i] for i in emitted.given]
+        for index in emitted.tangents:
+            boxed.append(_as_traced(tangents[index], outputs[index].tangent))
+        tangents.clear()
+        self._running = emitted.backward.forward(boxed)
+
+    def _check_backward(self) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeContractError(
+                "backward with create_graph=True (a gradient of gradients) is not supported by an optimized module. "
+                "Use the plain model, which shares its parameters, for that step"
+            )
+        if self._saved is None:
+            raise RuntimeContractError(
+                "backward through the same forward a second time, but what it saved is freed. "
+                "Pass retain_graph=True to the first backward"
+            )
+        versions = [self._given[i]._version for i in self._program.emitted.given]
+        if versions != self._given_versions:
+            changed = next(
+                self._program.roles.inputs[i]
+                for i, now, then in zip(self._program.emitted.given, versions, self._given_versions, strict=True)
+                if now != then
+            )
+            name = changed.path or f"number {changed.index}"
+            raise RuntimeContractError(
+                f"{changed.kind.value} {name} was changed in place between forward and backward, which needs its old value"
+            )
+        for reference, version in self._watched:
+            output = reference()
+            if output is not None and output._version != version:
+                raise RuntimeContractError(
+                    "an output of the model was changed in place between forward and backward, which may need its old "
+                    "value. Clone it first"
+                )
+
+    def finish_stage(self, index: int, count: int) -> tuple[torch.Tensor | None, ...]:
+        """Run backward to the end of a stage; its gradients, which nobody else holds."""
+        if self._running is None:
+            raise RuntimeContractError("backward was entered in the middle; differentiate the outputs of the model")
+        try:
+            with _plain_execution():
+                finished = next(self._running)
+        except BaseException:
+            self._running = None
+            raise
+        if index == count - 1:
+            self._running = None
+        gradients = tuple(finished)
+        finished.clear()
+        return gradients
+
+    def stage_count(self) -> int:
+        """How many stages backward has."""
+        return len(self._program.emitted.stages)
+
+
+def _as_traced(tangent: torch.Tensor | None, traced: Any) -> torch.Tensor:
+    """The tangent in the type and layout that the graph was captured for."""
+    assert tangent is not None
+    expected = traced.meta["val"]
+    if tangent.dtype != expected.dtype:
+        tangent = tangent.to(expected.dtype)
+    if tangent.stride() != expected.stride():
+        laid_out = torch.empty_strided(expected.shape, expected.stride(), dtype=expected.dtype, device=tangent.device)
+        tangent = laid_out.copy_(tangent)
+    return tangent
+
+
+class _Head(torch.autograd.Function):
+    """Runs forward; in backward takes the tangents and lets the stages go."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = step.forward()
+        ctx.step = step
+        ctx.set_materialize_grads(False)
+        roles = step._program.roles
+        ctx.mark_non_differentiable(
+            *(o for o, role in zip(outputs, roles.outputs, strict=True) if not role.requires_grad)
+        )
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[None, torch.Tensor]:
+        ctx.step.start_backward(list(tangents))
+        return None, torch.empty(0)
+
+
+class _Stage(torch.autograd.Function):
+    """A link of the chain: returns the gradients of its leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, step: _Step, index: int, token: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+        ctx.step, ctx.index = step, index
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        step: _Step = ctx.step  # type: ignore[attr-defined]
+        gradients = step.finish_stage(ctx.index, step.stage_count())  # type: ignore[attr-defined]
+        return None, None, torch.empty(0), *gradients
