@@ -1,0 +1,26 @@
+"""The solver used when none is named: nothing if nothing is needed, else the best of what there is."""
+
+from __future__ import annotations
+
+from fxckpt.graph import Graph
+from fxckpt.schedule import Schedule, plain
+from fxckpt.simulate import simulate
+from fxckpt.solvers.dp import Effort, dp
+from fxckpt.solvers.keep import cheapest_fitting
+from fxckpt.solvers.selective import selective
+from fxckpt.solvers.sqrt import sqrt
+from fxckpt.solvers.uniform import uniform
+
+
+def auto(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedule:
+    """The plain step if it fits, else the fastest that fits of `dp` and the baselines.
+
+    Args:
+        graph: the training step.
+        budget_bytes: bound on the peak [B].
+        effort: how long `dp` may search.
+    """
+    if simulate(graph, plain(graph)).peak_bytes <= budget_bytes:
+        return plain(graph)
+    baselines = (solver(graph, budget_bytes) for solver in (selective, uniform, sqrt))
+    return cheapest_fitting(graph, (dp(graph, budget_bytes, effort=effort), *baselines), budget_bytes)
