@@ -1,0 +1,313 @@
+"""A schedule laid out on a tape of slots, with its live bytes kept exact while it is edited.
+
+`simulate` walks the whole schedule; a search that tries a hundred thousand edits can't. A tape keeps the runs of each
+op and the readers of each storage as sorted slots, so putting in or taking out one run touches only the copies that it
+writes and reads: a few range additions to one array. An empty slot never holds more than its neighbours, so gaps for
+later edits cost nothing.
+
+Two facts make edits simple. Whether a read is satisfied depends only on the *first* run of its producer, so a repeat
+may stand anywhere after that. And an edit is undone by the opposite edit, so a rejected move is played backwards.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+
+import numpy as np
+
+from fxckpt.graph import RESIDENT, Graph
+from fxckpt.schedule import Schedule
+
+EMPTY = -1
+
+
+class Wiring:
+    """What edits need to know of a graph, as lists: made once, shared by all tapes of the graph.
+
+    Attributes:
+        reads, writes: for each op the storages that it reads and writes, without those that are always there.
+        sizes: bytes of each storage [B].
+        producer: for each storage the op that writes it, or -1 (a tangent).
+        dependents: for each op the ops that read what it writes.
+        remakable: storages with a size whose producer may be repeated.
+        anchored: whether the first backward step matters, whatever it is, to what tangents and gradients take.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        resident = [s.kind in RESIDENT for s in graph.storages]
+        self.sizes = [s.size_bytes for s in graph.storages]
+        self.producer = list(graph.producer)
+        self.reads = [tuple(s for s in op.reads if not resident[s]) for op in graph.ops]
+        self.writes = [op.writes for op in graph.ops]
+        self.replay_bytes = [sum(self.sizes[s] for s in op.replay) for op in graph.ops]
+        self.workspace_bytes = [op.workspace_bytes for op in graph.ops]
+        self.times_us = [op.time_us for op in graph.ops]
+        self.pinned = [bool(op.pinned) for op in graph.ops]
+        self.ordered = [op.ordered for op in graph.ops]
+        self.ordered_ops = [index for index, op in enumerate(graph.ops) if op.ordered]
+        self.remakable = [s for s, op in enumerate(self.producer) if op >= 0 and self.sizes[s] and not self.pinned[op]]
+        self.tangents = [s for s, info in enumerate(graph.storages) if info.kind == "tangent"]
+        self.dependents: list[list[int]] = [[] for _ in graph.ops]
+        for index, reads in enumerate(self.reads):
+            for producer in {self.producer[s] for s in reads} - {-1}:
+                self.dependents[producer].append(index)
+        late = frozenset(s for s in graph.gradients if graph.storages[s].kind == "backward")
+        self.gradients_of = [tuple(s for s in writes if s in late) for writes in self.writes]
+        self.passed_through = [s for s in graph.gradients if s not in late and not resident[s]]
+        self.anchored = bool(set(self.tangents).difference(*self.reads)) or self._delivered_at_once()
+
+    def _delivered_at_once(self) -> bool:
+        """Whether gradients that are just passed through are handed over at the first backward step."""
+        waiting_bytes = sum(self.sizes[s] for s in self.passed_through)
+        return bool(self.passed_through) and waiting_bytes >= self.graph.stage_bytes
+
+
+class Tape:
+    """A valid schedule under edit.
+
+    Slots below `split` are forward. Tangents appear in slot `split`; it stays empty, or if the wiring is `anchored`
+    it holds the first backward step, which then has to stay the first. Slots above are backward.
+
+    Attributes:
+        slots: the op in each slot, or EMPTY.
+        runs: for each op the slots in which it runs, ascending.
+        readers: for each storage the slots that read it, ascending.
+        births: for each storage the slots in which a copy is born, ascending; none for what only a repeat reads.
+        hold: for each storage the slot up to which something other than an op keeps its first copy, or -1.
+        live: bytes in use in each slot [B].
+    """
+
+    def __init__(self, wiring: Wiring, schedule: Schedule, *, gap: int = 0) -> None:
+        """Lay out a schedule with `gap` empty slots before each backward step and at the end."""
+        self.wiring = wiring
+        self.split = schedule.forward_steps
+        self.slots = list(schedule.order[: self.split])
+        if not wiring.anchored:
+            self.slots += [EMPTY] * (gap + 1)
+        for op in schedule.order[self.split :]:
+            self.slots += [op] + [EMPTY] * gap
+        self.end = len(self.slots)
+        self.slots.append(EMPTY)
+        graph = wiring.graph
+        self.runs: list[list[int]] = [[] for _ in graph.ops]
+        self.readers: list[list[int]] = [[] for _ in graph.storages]
+        for slot, op in enumerate(self.slots):
+            if op != EMPTY:
+                self.runs[op].append(slot)
+                for storage in wiring.reads[op]:
+                    self.readers[storage].append(slot)
+        given, never = [self.split] if self.split < len(schedule) else [], list[int]()
+        tangents = frozenset(wiring.tangents)
+        self.births = [
+            self.runs[op] if op >= 0 else given if storage in tangents else never
+            for storage, op in enumerate(wiring.producer)
+        ]
+        self.hold = [-1] * len(graph.storages)
+        self._least_hold = self.hold
+        self._hold_outputs()
+        self.live = self._live_bytes()
+        self._journal: list[tuple[int, int]] = []  # (op, slot) put in, (~op, slot) taken out
+        self._stale = False
+
+    def _hold_outputs(self) -> None:
+        """Outputs stay to the end, updates to the end of forward, gradients until they are handed over."""
+        graph = self.wiring.graph
+        for storage in graph.updates:
+            self.hold[storage] = self.split - 1
+        for storage in graph.outputs:
+            self.hold[storage] = self.end
+        self._least_hold = list(self.hold)
+        if graph.gradients_allocated:
+            for storage, slot in self._delivery_slots():
+                self.hold[storage] = max(self.hold[storage], slot)
+        else:
+            for storage in graph.gradients:
+                self.hold[storage] = self.end
+
+    def _delivery_slots(self) -> Iterable[tuple[int, int]]:
+        """Pairs (gradient, slot after which it is handed over), as `fxckpt.schedule.deliveries` has it."""
+        wiring = self.wiring
+        sizes, stage_bytes = wiring.sizes, wiring.graph.stage_bytes
+        waiting = list(wiring.passed_through)
+        waiting_bytes = sum(sizes[s] for s in waiting)
+        finished = {self.runs[op][0]: written for op, written in enumerate(wiring.gradients_of) if written}
+        if wiring.anchored:
+            finished.setdefault(self.split, ())
+        for slot in sorted(finished):
+            waiting += finished[slot]
+            waiting_bytes += sum(sizes[s] for s in finished[slot])
+            if waiting_bytes >= stage_bytes:
+                yield from ((storage, slot) for storage in waiting)
+                waiting, waiting_bytes = [], 0
+        yield from ((storage, self.end) for storage in waiting)
+
+    def _live_bytes(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        wiring = self.wiring
+        change = np.zeros(self.end + 2, dtype=np.int64)
+        for storage, size in enumerate(wiring.sizes):
+            for born, dies in self.copies(storage) if size else ():
+                change[born] += size
+                change[dies + 1] -= size
+        for op, runs in enumerate(self.runs):
+            if len(runs) > 1:
+                change[runs[0]] += wiring.replay_bytes[op]
+                change[runs[-1] + 1] -= wiring.replay_bytes[op]
+        live = np.cumsum(change[:-1]) + wiring.graph.static_bytes
+        for slot, op in enumerate(self.slots):
+            if op != EMPTY:
+                live[slot] += wiring.workspace_bytes[op]
+        return live
+
+    # --- reading -----------------------------------------------------------------------------------------------
+
+    def copies(self, storage: int) -> list[tuple[int, int]]:
+        """Lifetimes (born, dies) of the copies of a storage, in order."""
+        return [self._copy(storage, number) for number in range(len(self.births[storage]))]
+
+    def _copy(self, storage: int, number: int) -> tuple[int, int]:
+        births, readers = self.births[storage], self.readers[storage]
+        born = births[number]
+        i = bisect_left(readers, births[number + 1]) if number + 1 < len(births) else len(readers)
+        dies = max(born, readers[i - 1]) if i else born
+        return born, max(dies, self.hold[storage]) if number == 0 else dies
+
+    def copy_at(self, storage: int, slot: int) -> tuple[int, int]:
+        """Lifetime of the copy that a reader in `slot` would read."""
+        return self._copy(storage, bisect_left(self.births[storage], slot) - 1)
+
+    def first_reader(self, op: int, slot: int) -> int:
+        """The first slot that reads what the run in `slot` writes, or -1 if nothing does."""
+        runs, found = self.runs[op], -1
+        i = bisect_left(runs, slot) + 1
+        until = runs[i] if i < len(runs) else self.end + 1
+        for storage in self.wiring.writes[op]:
+            readers = self.readers[storage]
+            j = bisect_left(readers, slot)
+            if j < len(readers) and readers[j] < until and (found < 0 or readers[j] < found):
+                found = readers[j]
+        return found
+
+    def peak_bytes(self) -> int:
+        """The most bytes in use in any slot [B]."""
+        self._settle()
+        return int(self.live.max())
+
+    def step_us(self) -> float:
+        """Time of the schedule [µs]."""
+        times_us = self.wiring.times_us
+        return sum(times_us[op] * len(runs) for op, runs in enumerate(self.runs))
+
+    def repeated(self) -> list[tuple[int, int]]:
+        """All repeats as pairs (op, slot)."""
+        return [(op, slot) for op, runs in enumerate(self.runs) for slot in runs[1:]]
+
+    def schedule(self) -> Schedule:
+        """The schedule as it stands."""
+        return Schedule(
+            tuple(op for op in self.slots if op != EMPTY), sum(op != EMPTY for op in self.slots[: self.split])
+        )
+
+    # --- editing -----------------------------------------------------------------------------------------------
+
+    def put(self, op: int, slot: int) -> None:
+        """Run `op` in an empty slot."""
+        self._journal.append((op, slot))
+        self._put(op, slot)
+
+    def take(self, slot: int) -> None:
+        """Empty a slot. The readers of what it wrote go over to the copy before; an only run must be put back."""
+        op = self.slots[slot]
+        self._journal.append((~op, slot))
+        self._take(op, slot)
+
+    def mark(self) -> int:
+        """A point to which `undo` can return."""
+        return len(self._journal)
+
+    def undo(self, mark: int) -> None:
+        """Take back all edits since `mark`."""
+        while len(self._journal) > mark:
+            op, slot = self._journal.pop()
+            if op >= 0:
+                self._take(op, slot)
+            else:
+                self._put(~op, slot)
+
+    def commit(self) -> None:
+        """Forget how to undo."""
+        self._journal.clear()
+
+    def _put(self, op: int, slot: int) -> None:
+        wiring, live = self.wiring, self.live
+        self.slots[slot] = op
+        if wiring.workspace_bytes[op]:
+            live[slot] += wiring.workspace_bytes[op]
+        for storage in wiring.reads[op]:
+            readers = self.readers[storage]
+            if wiring.sizes[storage] and (last := self._last_use(storage, slot)) < slot:
+                live[last + 1 : slot + 1] += wiring.sizes[storage]
+            insort(readers, slot)
+        self._rewrite(op, slot, add=True)
+
+    def _take(self, op: int, slot: int) -> None:
+        wiring, live = self.wiring, self.live
+        self.slots[slot] = EMPTY
+        if wiring.workspace_bytes[op]:
+            live[slot] -= wiring.workspace_bytes[op]
+        for storage in wiring.reads[op]:
+            readers = self.readers[storage]
+            del readers[bisect_left(readers, slot)]
+            if wiring.sizes[storage] and (last := self._last_use(storage, slot)) < slot:
+                live[last + 1 : slot + 1] -= wiring.sizes[storage]
+        self._rewrite(op, slot, add=False)
+
+    def _last_use(self, storage: int, slot: int) -> int:
+        """Where the copy that a reader in `slot` reads would die without that reader; `slot` if there is none."""
+        births = self.births[storage]
+        number = bisect_left(births, slot) - 1
+        return self._copy(storage, number)[1] if number >= 0 else slot
+
+    def _rewrite(self, op: int, slot: int, *, add: bool) -> None:
+        """Add or remove a run and give the copies around it their new lifetimes."""
+        wiring, live, runs = self.wiring, self.live, self.runs[op]
+        number = bisect_left(runs, slot)
+        low = max(number - 1, 0)
+        shorter, longer = range(low, number + (number == 0)), range(low, number + 1 + (number == 0))
+        old, new = (shorter, longer) if add else (longer, shorter)
+        written = [s for s in wiring.writes[op] if wiring.sizes[s]]
+        before = [[self._copy(s, n) for n in old if n < len(runs)] for s in written]
+        replay_bytes = wiring.replay_bytes[op]
+        if replay_bytes and len(runs) > 1:
+            live[runs[0] : runs[-1] + 1] -= replay_bytes
+        if add:
+            runs.insert(number, slot)
+        else:
+            del runs[number]
+        if replay_bytes and len(runs) > 1:
+            live[runs[0] : runs[-1] + 1] += replay_bytes
+        for storage, lifetimes in zip(written, before, strict=True):
+            size = wiring.sizes[storage]
+            for born, dies in lifetimes:
+                live[born : dies + 1] -= size
+            for n in new:
+                if n < len(runs):
+                    born, dies = self._copy(storage, n)
+                    live[born : dies + 1] += size
+        if number == 0 and wiring.gradients_of[op]:
+            self._stale = wiring.graph.gradients_allocated
+
+    def _settle(self) -> None:
+        """Where gradients are handed over has changed: give the first copies their new ends."""
+        if not self._stale:
+            return
+        self._stale = False
+        sizes, live = self.wiring.sizes, self.live
+        for storage, delivered in self._delivery_slots():
+            until = max(delivered, self._least_hold[storage])
+            if until != self.hold[storage]:
+                for sign in (-1, 1):
+                    born, dies = self._copy(storage, 0)
+                    live[born : dies + 1] += sign * sizes[storage]
+                    self.hold[storage] = until
