@@ -15,7 +15,8 @@ from random import Random
 from fxckpt.schedule import Schedule
 from fxckpt.solvers.moves import earliest, empty_after, empty_before, latest, remove, shift, window
 from fxckpt.solvers.room import make_room
-from fxckpt.solvers.tape import EMPTY, Tape, Wiring
+from fxckpt.solvers.tape import EMPTY, Tape
+from fxckpt.solvers.wiring import Wiring
 
 GAP = 6
 
@@ -44,7 +45,7 @@ class _Search:
         self.wiring = wiring
         self.rng = rng
         self.tape = Tape(wiring, schedule, gap=GAP)
-        self.time_us = self.tape.step_us()
+        self.time_us = self.tape.step_us
         self.limit_bytes = max(budget_bytes, self.tape.peak_bytes())
         self.budget_bytes = budget_bytes
         self.best, self.best_us = schedule, self.time_us
@@ -69,7 +70,7 @@ class _Search:
     def _accept(self, temperature: float) -> bool:
         if self.tape.peak_bytes() > self.limit_bytes:
             return False
-        time_us = self.tape.step_us()
+        time_us = self.tape.step_us
         slower_us = time_us - self.time_us
         if slower_us > 0 and self.rng.random() >= exp(-slower_us / max(temperature, 1e-12)):
             return False
@@ -121,7 +122,7 @@ class _Search:
         return self.tape.peak_bytes() <= self.limit_bytes
 
     def _make_room(self, slot: int) -> bool:
-        return make_room(self.tape, slot, self.limit_bytes, self.rng, noise=1.0)
+        return make_room(self.tape, slot, self.limit_bytes, self.rng)
 
     def _shift(self) -> bool:
         """Move a backward run to another place in its window."""

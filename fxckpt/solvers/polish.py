@@ -17,7 +17,8 @@ from fxckpt.simulate import simulate
 from fxckpt.solvers.anneal import Effort, anneal
 from fxckpt.solvers.moves import earliest, latest, remove, shift
 from fxckpt.solvers.room import reach
-from fxckpt.solvers.tape import EMPTY, Tape, Wiring
+from fxckpt.solvers.tape import EMPTY, Tape
+from fxckpt.solvers.wiring import Wiring
 
 EffortName = Literal["fast", "default", "max"]
 EFFORTS: dict[EffortName, Effort] = {
@@ -48,10 +49,10 @@ def polish(graph: Graph, schedule: Schedule, budget_bytes: int, *, effort: Effor
     if tape.peak_bytes() > budget_bytes:
         reach(tape, budget_bytes, Random(0))
     for _ in range(level.rounds):
-        before = tape.step_us()
+        before = tape.step_us
         tighten(tape)
         trim(tape, budget_bytes)
-        if tape.step_us() >= before:
+        if tape.step_us >= before:
             break
     found = tape.schedule()
     if level.moves and found.order:

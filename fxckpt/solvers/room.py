@@ -2,44 +2,73 @@
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
 from random import Random
 
-from fxckpt.solvers.moves import Idle, idle_at, remake, remake_us
+from fxckpt.solvers.moves import idle_at, remake, remake_us
 from fxckpt.solvers.tape import Tape
 
 _TRIES = 5
+_SAMPLE = 8
 
 
-def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random, *, noise: float = 0.0) -> bool:
-    """Drop one idle copy so that less is in use in `slot`, and nowhere more than `limit_bytes` or the peak so far.
+def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random) -> bool:
+    """Drop an idle copy so that less is in use in `slot`, and nowhere more than `limit_bytes` or the peak so far.
 
-    Copies are tried in the order of the time it takes to remake them for their bytes, each times a random factor
-    between 1 - `noise` and 1. Returns False, with the tape as it was, if none of the first few will do.
+    A few idle copies are drawn and tried in the order of the time it takes to remake them for their bytes. Returns
+    False, with the tape as it was, if none of them will do.
     """
+    drawn = []
+    remakable = tape.wiring.remakable
+    for _ in range(len(remakable)):
+        storage = remakable[int(rng.random() * len(remakable))]
+        price = _price(tape, storage, slot)
+        if price is not None:
+            drawn.append((price, storage))
+            if len(drawn) == _SAMPLE:
+                break
+    return any(_drop(tape, storage, slot, limit_bytes, rng) for _, storage in sorted(drawn)[:_TRIES])
+
+
+def _drop(tape: Tape, storage: int, slot: int, limit_bytes: int, rng: Random) -> bool:
+    idle = idle_at(tape, storage, slot)
+    if idle is None:
+        return False
     before, most = int(tape.live[slot]), max(limit_bytes, tape.peak_bytes())
-    for _, _, idle in _candidates(tape, slot, rng, noise)[:_TRIES]:
-        mark = tape.mark()
-        if remake(tape, idle, limit_bytes, rng) and int(tape.live[slot]) < before and tape.peak_bytes() <= most:
-            return True
-        tape.undo(mark)
+    mark = tape.mark()
+    if remake(tape, idle, limit_bytes, rng) and int(tape.live[slot]) < before and tape.peak_bytes() <= most:
+        return True
+    tape.undo(mark)
     return False
 
 
-def _candidates(tape: Tape, slot: int, rng: Random, noise: float) -> list[tuple[float, int, Idle]]:
-    """Idle copies over a slot, the one cheapest to remake for its size first."""
-    sizes, found = tape.wiring.sizes, []
-    for storage in tape.wiring.remakable:
-        idle = idle_at(tape, storage, slot)
-        if idle is not None:
-            cost = remake_us(tape, idle, float("inf")) / sizes[storage]
-            found.append((cost * (1 - noise * rng.random()), storage, idle))
-    found.sort(key=lambda candidate: candidate[:2])
-    return found
+def _price(tape: Tape, storage: int, slot: int) -> float | None:
+    """Time to remake a storage that is idle in a slot for each of its bytes [µs/B]; None if it isn't."""
+    idle = idle_at(tape, storage, slot)
+    return None if idle is None else remake_us(tape, idle, float("inf")) / tape.wiring.sizes[storage]
 
 
-def reach(tape: Tape, budget_bytes: int, rng: Random) -> None:
-    """Make room at the peak, always for the least time, until the peak fits the budget or no more can be done."""
+def reach(tape: Tape, budget_bytes: int, rng: Random) -> bool:
+    """Make room where most is in use, always for the least time, until the peak fits the budget; False if it can't be.
+
+    The copies that are idle at the peak are priced once, and again only when their turn comes, since dropping others
+    rarely makes them cheaper (lazy greedy, Minoux 1978).
+    """
     for _ in range(4 * len(tape.slots)):
-        if tape.peak_bytes() <= budget_bytes or not make_room(tape, int(tape.live.argmax()), budget_bytes, rng):
-            break
-    tape.commit()
+        if tape.peak_bytes() <= budget_bytes:
+            return True
+        slot = int(tape.live.argmax())
+        queue = [(p, s) for s in tape.wiring.remakable if (p := _price(tape, s, slot)) is not None]
+        heapify(queue)
+        before = int(tape.live[slot])
+        while queue and tape.live[slot] > budget_bytes:
+            price, storage = heappop(queue)
+            now = _price(tape, storage, slot)
+            if now is not None and now > price and queue and now > queue[0][0]:
+                heappush(queue, (now, storage))
+                continue
+            if now is not None:
+                _drop(tape, storage, slot, budget_bytes, rng)
+        if int(tape.live[slot]) >= before:
+            return False
+    return False

@@ -16,52 +16,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from fxckpt.graph import RESIDENT, Graph
 from fxckpt.schedule import Schedule
+from fxckpt.solvers.wiring import Wiring
 
 EMPTY = -1
-
-
-class Wiring:
-    """What edits need to know of a graph, as lists: made once, shared by all tapes of the graph.
-
-    Attributes:
-        reads, writes: for each op the storages that it reads and writes, without those that are always there.
-        sizes: bytes of each storage [B].
-        producer: for each storage the op that writes it, or -1 (a tangent).
-        dependents: for each op the ops that read what it writes.
-        remakable: storages with a size whose producer may be repeated.
-        anchored: whether the first backward step matters, whatever it is, to what tangents and gradients take.
-    """
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-        resident = [s.kind in RESIDENT for s in graph.storages]
-        self.sizes = [s.size_bytes for s in graph.storages]
-        self.producer = list(graph.producer)
-        self.reads = [tuple(s for s in op.reads if not resident[s]) for op in graph.ops]
-        self.writes = [op.writes for op in graph.ops]
-        self.replay_bytes = [sum(self.sizes[s] for s in op.replay) for op in graph.ops]
-        self.workspace_bytes = [op.workspace_bytes for op in graph.ops]
-        self.times_us = [op.time_us for op in graph.ops]
-        self.pinned = [bool(op.pinned) for op in graph.ops]
-        self.ordered = [op.ordered for op in graph.ops]
-        self.ordered_ops = [index for index, op in enumerate(graph.ops) if op.ordered]
-        self.remakable = [s for s, op in enumerate(self.producer) if op >= 0 and self.sizes[s] and not self.pinned[op]]
-        self.tangents = [s for s, info in enumerate(graph.storages) if info.kind == "tangent"]
-        self.dependents: list[list[int]] = [[] for _ in graph.ops]
-        for index, reads in enumerate(self.reads):
-            for producer in {self.producer[s] for s in reads} - {-1}:
-                self.dependents[producer].append(index)
-        late = frozenset(s for s in graph.gradients if graph.storages[s].kind == "backward")
-        self.gradients_of = [tuple(s for s in writes if s in late) for writes in self.writes]
-        self.passed_through = [s for s in graph.gradients if s not in late and not resident[s]]
-        self.anchored = bool(set(self.tangents).difference(*self.reads)) or self._delivered_at_once()
-
-    def _delivered_at_once(self) -> bool:
-        """Whether gradients that are just passed through are handed over at the first backward step."""
-        waiting_bytes = sum(self.sizes[s] for s in self.passed_through)
-        return bool(self.passed_through) and waiting_bytes >= self.graph.stage_bytes
 
 
 class Tape:
@@ -77,6 +35,7 @@ class Tape:
         births: for each storage the slots in which a copy is born, ascending; none for what only a repeat reads.
         hold: for each storage the slot up to which something other than an op keeps its first copy, or -1.
         live: bytes in use in each slot [B].
+        step_us: time of the schedule [µs].
     """
 
     def __init__(self, wiring: Wiring, schedule: Schedule, *, gap: int = 0) -> None:
@@ -108,6 +67,7 @@ class Tape:
         self._least_hold = self.hold
         self._hold_outputs()
         self.live = self._live_bytes()
+        self.step_us = sum(wiring.times_us[op] for op in schedule.order)
         self._journal: list[tuple[int, int]] = []  # (op, slot) put in, (~op, slot) taken out
         self._stale = False
 
@@ -132,12 +92,13 @@ class Tape:
         sizes, stage_bytes = wiring.sizes, wiring.graph.stage_bytes
         waiting = list(wiring.passed_through)
         waiting_bytes = sum(sizes[s] for s in waiting)
-        finished = {self.runs[op][0]: written for op, written in enumerate(wiring.gradients_of) if written}
+        finished = {self.runs[op][0]: wiring.gradients_of[op] for op in wiring.gradient_ops}
         if wiring.anchored:
             finished.setdefault(self.split, ())
         for slot in sorted(finished):
-            waiting += finished[slot]
-            waiting_bytes += sum(sizes[s] for s in finished[slot])
+            for storage in finished[slot]:
+                waiting.append(storage)
+                waiting_bytes += sizes[storage]
             if waiting_bytes >= stage_bytes:
                 yield from ((storage, slot) for storage in waiting)
                 waiting, waiting_bytes = [], 0
@@ -194,11 +155,6 @@ class Tape:
         self._settle()
         return int(self.live.max())
 
-    def step_us(self) -> float:
-        """Time of the schedule [µs]."""
-        times_us = self.wiring.times_us
-        return sum(times_us[op] * len(runs) for op, runs in enumerate(self.runs))
-
     def repeated(self) -> list[tuple[int, int]]:
         """All repeats as pairs (op, slot)."""
         return [(op, slot) for op, runs in enumerate(self.runs) for slot in runs[1:]]
@@ -242,6 +198,7 @@ class Tape:
     def _put(self, op: int, slot: int) -> None:
         wiring, live = self.wiring, self.live
         self.slots[slot] = op
+        self.step_us += wiring.times_us[op]
         if wiring.workspace_bytes[op]:
             live[slot] += wiring.workspace_bytes[op]
         for storage in wiring.reads[op]:
@@ -254,6 +211,7 @@ class Tape:
     def _take(self, op: int, slot: int) -> None:
         wiring, live = self.wiring, self.live
         self.slots[slot] = EMPTY
+        self.step_us -= wiring.times_us[op]
         if wiring.workspace_bytes[op]:
             live[slot] -= wiring.workspace_bytes[op]
         for storage in wiring.reads[op]:
@@ -271,32 +229,65 @@ class Tape:
 
     def _rewrite(self, op: int, slot: int, *, add: bool) -> None:
         """Add or remove a run and give the copies around it their new lifetimes."""
-        wiring, live, runs = self.wiring, self.live, self.runs[op]
+        wiring, runs = self.wiring, self.runs[op]
         number = bisect_left(runs, slot)
-        low = max(number - 1, 0)
-        shorter, longer = range(low, number + (number == 0)), range(low, number + 1 + (number == 0))
-        old, new = (shorter, longer) if add else (longer, shorter)
-        written = [s for s in wiring.writes[op] if wiring.sizes[s]]
-        before = [[self._copy(s, n) for n in old if n < len(runs)] for s in written]
-        replay_bytes = wiring.replay_bytes[op]
-        if replay_bytes and len(runs) > 1:
-            live[runs[0] : runs[-1] + 1] -= replay_bytes
+        if number:
+            self._rewrite_repeat(op, slot, number, sign=1 if add else -1)
+        else:
+            old, new = (0,) if add else (0, 1), (0, 1) if add else (0,)
+            self._cover(op, old, sign=-1)
+        before = (runs[0], runs[-1]) if len(runs) > 1 else None
         if add:
             runs.insert(number, slot)
         else:
             del runs[number]
-        if replay_bytes and len(runs) > 1:
-            live[runs[0] : runs[-1] + 1] += replay_bytes
-        for storage, lifetimes in zip(written, before, strict=True):
-            size = wiring.sizes[storage]
-            for born, dies in lifetimes:
-                live[born : dies + 1] -= size
-            for n in new:
-                if n < len(runs):
-                    born, dies = self._copy(storage, n)
-                    live[born : dies + 1] += size
-        if number == 0 and wiring.gradients_of[op]:
-            self._stale = wiring.graph.gradients_allocated
+        if wiring.replay_bytes[op]:
+            self._replay(op, before, (runs[0], runs[-1]) if len(runs) > 1 else None)
+        if not number:
+            self._cover(op, new, sign=1)
+            if wiring.gradients_of[op]:
+                self._stale = wiring.graph.gradients_allocated
+
+    def _cover(self, op: int, numbers: tuple[int, ...], *, sign: int) -> None:
+        """Add or subtract what copies of all that an op writes take."""
+        for storage in self.wiring.writes[op]:
+            size = sign * self.wiring.sizes[storage]
+            for number in numbers if size else ():
+                if number < len(self.runs[op]):
+                    born, dies = self._copy(storage, number)
+                    self.live[born : dies + 1] += size
+
+    def _rewrite_repeat(self, op: int, slot: int, number: int, *, sign: int) -> None:
+        """What a repeat changes: the copy before dies at its last reader, and a new one is there up to the next run."""
+        runs, live = self.runs[op], self.live
+        rest = number if number < len(runs) and runs[number] != slot else number + 1
+        born, until = runs[number - 1], runs[rest] if rest < len(runs) else self.end + 1
+        for storage in self.wiring.writes[op]:
+            size = sign * self.wiring.sizes[storage]
+            if not size:
+                continue
+            readers = self.readers[storage]
+            i = bisect_left(readers, slot)
+            dies = max(born, readers[i - 1]) if i else born
+            if number == 1:
+                dies = max(dies, self.hold[storage])
+            j = bisect_left(readers, until)
+            last = readers[j - 1] if j > i else slot
+            if dies >= slot:  # something holds the copy before: there are two of them
+                live[slot : min(dies, last) + 1] += size
+            elif j > i:
+                live[dies + 1 : slot] -= size
+            else:
+                live[slot] += size
+
+    def _replay(self, op: int, before: tuple[int, int] | None, after: tuple[int, int] | None) -> None:
+        """State that repeats of an op read is there from its first run to its last, if there are two."""
+        size = self.wiring.replay_bytes[op]
+        if before != after:
+            if before:
+                self.live[before[0] : before[1] + 1] -= size
+            if after:
+                self.live[after[0] : after[1] + 1] += size
 
     def _settle(self) -> None:
         """Where gradients are handed over has changed: give the first copies their new ends."""

@@ -14,7 +14,8 @@ from fxckpt.simulate import simulate
 from fxckpt.solvers.keep import schedule_keeping
 from fxckpt.solvers.moves import remove, shift, window
 from fxckpt.solvers.polish import EffortName, polish
-from fxckpt.solvers.tape import EMPTY, Tape, Wiring
+from fxckpt.solvers.tape import EMPTY, Tape
+from fxckpt.solvers.wiring import Wiring
 from tests.strategies import chain, graphs_with_schedules
 
 
@@ -25,7 +26,7 @@ def assert_agrees(graph: Graph, tape: Tape) -> None:
     assert [int(b) for op, b in zip(tape.slots, tape.live, strict=True) if op != EMPTY] == list(timeline.live_bytes)
     if len(timeline.schedule):
         assert tape.peak_bytes() == timeline.peak_bytes
-    assert tape.step_us() == pytest.approx(timeline.step_us)
+    assert tape.step_us == pytest.approx(timeline.step_us)
 
 
 @given(graphs_with_schedules(), st.integers(0, 3))
