@@ -95,7 +95,7 @@ def chain(sizes_bytes: tuple[int, ...] = (10, 20, 40), *, weight_bytes: int = 4,
 
     Op f<i> takes i+1 µs and reads the weight w<i> and the activation before it; op b<i> takes 2(i+1) µs, reads the
     gradient of activation i, the weight and the activation before, and writes the gradients of that activation (but not
-    of the input) and of the weight. The last activation is the output, of `last_bytes`, and its gradient is the tangent.
+    of the input) and of the weight. The last activation, of `last_bytes`, is the output; its gradient is the tangent.
     """
     sizes_bytes = (*sizes_bytes, last_bytes)
     layers = len(sizes_bytes)

@@ -1,0 +1,363 @@
+"""Kinds of modules and ops that people use: each trained for a step under a plan that recomputes all it can."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fxckpt
+from fxckpt.errors import CaptureError
+from tests.models import project
+from tests.training import assert_same_bits, assert_same_step, run_step
+
+
+class Lambda(nn.Module):
+    """A linear layer, then a function of the module and its output."""
+
+    def __init__(self, function: Callable[[Lambda, Tensor], Any], *, width: int = 16) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, self.linear(x))
+
+
+def total(outputs: Any) -> Tensor:
+    """A loss of everything that can be differentiated."""
+    leaves = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    parts = [torch.view_as_real(x) if x.is_complex() else x for x in leaves if x.requires_grad]
+    return torch.stack([project(x.float() if x.dtype != torch.float64 else x).double() for x in parts]).sum()
+
+
+def compare(model: nn.Module, *args: Any, steps: int = 2, loss: Callable[[Any], Tensor] = total) -> None:
+    """Steps of the model and of the optimized model leave the same, floor and all."""
+    twin = copy.deepcopy(model)
+    optimized = fxckpt.optimize(model, "1GB", solver="min_memory")
+    for seed in range(steps):
+        expected = run_step(twin, copy.deepcopy(args), {}, loss, seed=seed)
+        assert_same_step(run_step(optimized, copy.deepcopy(args), {}, loss, seed=seed), expected)
+
+
+def rows(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).view(*x.shape[:2], 3, 4, 4).permute(2, 0, 3, 1, 4)
+        p = self.dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=True)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.cell = kind(16, 8, num_layers=2, batch_first=True, dropout=0.1, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.cell(x)[0]
+        return y
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, dropout=0.1, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, weights = self.attention(x, x, x)
+        return y, weights
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.2), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.head(torch.tanh(self.embedding(ids)))
+        return y
+
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return gradients[0] * x * 2  # not the derivative, on purpose: whose backward runs shows
+
+    @staticmethod
+    def of(x: Tensor) -> Tensor:
+        y: Tensor = Cube.apply(x)  # type: ignore[no-untyped-call]
+        return y
+
+
+class Counter(nn.Module):
+    """A buffer that forward reads, changes and reads again."""
+
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+        self.register_buffer("total", torch.zeros(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.linear(x) + self.total)
+        self.total.add_(y.detach().mean(0))
+        return torch.sin(y * self.total)
+
+
+class Mixed(nn.Module):
+    """Parameters of several types."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16, dtype=torch.bfloat16)
+        self.second = nn.Linear(16, 16)
+        self.third = nn.Linear(16, 16, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.third(torch.tanh(self.second(self.first(x.bfloat16()).float())).double())
+        return y
+
+
+class OwnAutocast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y: Tensor = self.layers(x)
+        return y.float() * 2
+
+
+def parametrized() -> nn.Module:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+    return nn.utils.parametrizations.weight_norm(model[0]) and model
+
+
+def in_place(_: Lambda, y: Tensor) -> Tensor:
+    z = torch.tanh(y)
+    z.mul_(2).add_(y)
+    z[:, 0] = 3.0
+    return F.relu_(z).exp_()
+
+
+def scatter(_: Lambda, y: Tensor) -> Tensor:
+    index = torch.arange(16).flip(0).expand(y.shape[0], 16)
+    return torch.zeros_like(y).scatter_add(1, index, y).gather(1, index).index_select(1, torch.tensor([3, 3, 1]))
+
+
+def random_draws(_: Lambda, y: Tensor) -> Tensor:
+    noise = torch.rand_like(y) + torch.randn(y.shape) + torch.bernoulli(torch.full_like(y, 0.3))
+    return torch.exp(y * noise) * torch.rand(()) + torch.randint(0, 5, y.shape)
+
+
+FLAT: dict[str, Callable[[], nn.Module]] = {
+    "in-place ops": lambda: Lambda(in_place),
+    "scatter and gather": lambda: Lambda(scatter),
+    "random draws": lambda: Lambda(random_draws),
+    "einsum": lambda: Lambda(lambda m, y: torch.einsum("bi,ij,bj->bi", y, m.linear.weight, y.exp())),
+    "fft": lambda: Lambda(lambda _, y: torch.fft.irfft(torch.fft.rfft(y) * (1 + 2j)).exp()),
+    "complex": lambda: Lambda(lambda _, y: torch.view_as_complex(y.view(-1, 8, 2)).exp().abs()),
+    "complex output": lambda: Lambda(lambda _, y: torch.polar(y.exp(), y)),
+    "empty": lambda: Lambda(lambda _, y: (torch.cat((y, y[:0].exp())), y[:, :0] * 2)),
+    "scalar": lambda: Lambda(lambda _, y: y.exp().mean().log()),
+    "cumulative": lambda: Lambda(lambda _, y: (y.cumsum(0).logsumexp(1), y.sort(1).values, y.topk(2).values)),
+    "where and masks": lambda: Lambda(lambda _, y: torch.where(y > 0, y.exp(), y).masked_fill(y > 1, 0.0)),
+    "views": lambda: Lambda(lambda _, y: tuple(v.T for v in torch.tanh(y).chunk(3, 1))),
+    "outputs without gradients": lambda: Lambda(lambda _, y: (y.exp(), y.argmax(1), y.detach() * 2)),
+    "custom function": lambda: Lambda(lambda _, y: Cube.of(torch.tanh(y)) * y),
+    "stop gradient": lambda: Lambda(lambda _, y: torch.tanh(y) * torch.tanh(y).detach()),
+    "part without gradients": lambda: Lambda(lambda m, y: y * no_gradients(m, y)),
+    "alpha dropout": lambda: nn.Sequential(nn.Linear(16, 16), nn.SELU(), nn.AlphaDropout(0.15)),
+    "dropout of nothing and all": lambda: nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.0), nn.Dropout(1.0)),
+    "dropout in place": lambda: nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.15, inplace=True), nn.Tanh()),
+    "dropout twice": lambda: nn.Sequential(nn.Dropout(0.15), nn.Linear(16, 16), nn.Dropout(0.4), nn.GELU()),
+    "batch norm": lambda: nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.GELU(), nn.BatchNorm1d(16)),
+    "buffer read and changed": Counter,
+    "checkpointed": Checkpointed,
+    "parametrized": parametrized,
+    "mixed types": Mixed,
+    "own autocast": OwnAutocast,
+    "bilinear": lambda: Lambda(lambda m, y: F.bilinear(y, y, m.linear.weight.expand(4, 16, 16).contiguous())),
+}
+
+
+def no_gradients(module: Lambda, y: Tensor) -> Tensor:
+    with torch.no_grad():
+        z: Tensor = module.linear(y).exp()
+    return z
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_on_rows(name: str) -> None:
+    torch.manual_seed(0)
+    compare(FLAT[name](), rows(8, 16))
+
+
+SEQUENCES: dict[str, Callable[[], nn.Module]] = {
+    "attention": Attention,
+    "attention with dropout": lambda: Attention(0.3),
+    "LSTM": lambda: Recurrent(nn.LSTM),
+    "GRU": lambda: Recurrent(nn.GRU),
+    "MultiheadAttention": SelfAttention,
+    "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(16, 4, 32, 0.15, batch_first=True),
+    "layer norms": lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.RMSNorm(16), nn.GELU()),
+    "conv1d": lambda: nn.Sequential(nn.Conv1d(6, 8, 3), nn.InstanceNorm1d(8, affine=True), nn.ReLU(inplace=True)),
+    "embedding bag": lambda: Lambda(lambda m, y: F.embedding_bag(torch.arange(8).view(2, 4), m.linear.weight) + y[0]),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_on_sequences(name: str) -> None:
+    torch.manual_seed(0)
+    compare(SEQUENCES[name](), rows(2, 6, 16))
+
+
+IMAGES: dict[str, Callable[[], nn.Module]] = {
+    "grouped, dilated, strided": lambda: nn.Sequential(
+        nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=2, dilation=2)
+    ),
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, padding="same"), nn.Hardswish()),
+    "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(4, 6, 3, 2, 1, output_padding=1), nn.ELU()),
+    "group and instance norm": lambda: nn.Sequential(nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.InstanceNorm2d(8)),
+    "dropout2d": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.Dropout2d(0.3), nn.ReLU(inplace=True)),
+    "pooling": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.MaxPool2d(2), nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(1)),
+    "upsampling": lambda: nn.Sequential(nn.Conv2d(4, 4, 3), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Mish()),
+    "pixel shuffle and padding": lambda: nn.Sequential(nn.ReflectionPad2d(1), nn.Conv2d(4, 8, 3), nn.PixelShuffle(2)),
+    "channels last": lambda: nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True)).to(
+        memory_format=torch.channels_last  # type: ignore[call-overload]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_on_images(name: str) -> None:
+    torch.manual_seed(0)
+    compare(IMAGES[name](), rows(2, 4, 12, 12))
+
+
+def test_tied_weights() -> None:
+    torch.manual_seed(0)
+    compare(Tied(), torch.arange(20).view(4, 5))
+
+
+def test_transformer() -> None:
+    torch.manual_seed(0)
+    compare(nn.Transformer(16, 4, 1, 1, 32, batch_first=True), rows(2, 6, 16), rows(2, 4, 16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Dropout(0.15), nn.GELU(), nn.Linear(32, 8))
+    compare(layers.to(dtype), rows(8, 16, dtype=dtype))
+
+
+def test_lists_and_dicts_and_none_as_inputs() -> None:
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, xs: list[Tensor], more: dict[str, Tensor | None]) -> Tensor:
+            y = sum((self.linear(x) for x in xs), start=torch.zeros(16))
+            return torch.tanh(y) if more["mask"] is None else torch.tanh(y) * more["mask"]
+
+    torch.manual_seed(0)
+    compare(Many(), [rows(8, 16), rows(16)], {"mask": None})
+    compare(Many(), [rows(8, 16)], {"mask": rows(16) > 0})
+
+
+def test_an_input_changed_in_place() -> None:
+    def change(_: Lambda, y: Tensor) -> Tensor:
+        return torch.tanh(y)
+
+    class Changes(Lambda):
+        def forward(self, x: Tensor) -> Any:
+            x.add_(1)
+            return self.function(self, self.linear(x))
+
+    torch.manual_seed(0)
+    model = Changes(change)
+    twin = copy.deepcopy(model)
+    optimized = fxckpt.optimize(model, "1GB", solver="min_memory")
+    for number in range(3):
+        ours, theirs = rows(8, 16) + number, rows(8, 16) + number
+        project(optimized(ours)).backward()
+        project(twin(theirs)).backward()
+        assert_same_bits(ours, theirs, "input")
+        assert_same_bits(model.linear.weight.grad, twin.linear.weight.grad, "gradient")
+
+
+def test_inputs_that_require_gradients_and_share_memory() -> None:
+    torch.manual_seed(0)
+    base = rows(16, 16)
+    compare(nn.Bilinear(16, 16, 4), base[:8].requires_grad_(), base[8:].requires_grad_())
+
+
+def test_sparse_gradients_are_right_or_refused() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 16, sparse=True), nn.Linear(16, 4))
+    twin = copy.deepcopy(model)
+    ids = torch.arange(6)
+    try:
+        project(fxckpt.optimize(model, "1GB", solver="min_memory")(ids)).backward()
+    except CaptureError as error:
+        assert "sparse" in str(error)  # noqa: PT017 - either is right
+        return
+    project(twin(ids)).backward()
+    weights = [m.get_parameter("0.weight").grad for m in (model, twin)]
+    assert weights[0] is not None
+    assert weights[1] is not None
+    assert torch.equal(weights[0].to_dense(), weights[1].to_dense())
+
+
+def test_parts_that_torch_compile_would_skip() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def inner(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.linear(x))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x) * 2
+
+    torch.manual_seed(0)
+    compare(Skips(), rows(8, 16))
