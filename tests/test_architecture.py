@@ -30,17 +30,21 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 }
 """What the modules of the core may import, and from which folders; its own folder is always allowed."""
 
+STEPS = ("rewrite", "profile", "capture", "memory")
 TORCH_SIDE: dict[str, tuple[str, ...]] = {
+    "memory": (),
     "capture": (),
-    "profile": ("capture",),
+    "profile": ("capture", "memory"),
     "rewrite": ("profile", "capture"),
-    "memory": ("profile", "capture"),
-    "runtime": ("rewrite", "profile", "capture", "memory"),
-    "api": ("runtime", "memory", "rewrite", "profile", "capture", "report"),
+    "runtime": STEPS,
+    "signature": ("capture",),
+    "compile": ("runtime", *STEPS, "report"),
+    "optimized": ("compile", "signature", "runtime", *STEPS),
+    "api": ("optimized", "compile", "signature", "runtime", *STEPS, "report"),
+    "__init__": ("api", "report", "memory"),
     "demo": ("__init__", "api", "report", "memory"),
     "cli": ("__init__", "api", "demo", "report", "memory"),
     "__main__": ("cli",),
-    "__init__": ("api", "report", "memory"),
 }
 """The same for the others, which may import the core too (but the report only where it says so)."""
 
