@@ -166,7 +166,9 @@ def run(*, steps: int | None = None, tiny: bool = False) -> int:
     torch.manual_seed(_SEED)
     plain = GPT(size, len(vocabulary))
     millions = sum(p.numel() for p in plain.parameters()) / 1e6
-    print(f"A GPT of {millions:.1f} M parameters, with dropout, learns {len(text):,} characters of Python's own library.")
+    print(
+        f"A GPT of {millions:.1f} M parameters, with dropout, learns {len(text):,} characters of Python's own library."
+    )
     print(f"Capturing its training step, and planning it at {_BUDGET_RATIO:.0%} of the plain peak …\n", flush=True)
     batch = batches.at(0)
     optimized = api.optimize(copy.deepcopy(plain), _BUDGET_RATIO, example_inputs=batch)

@@ -143,6 +143,12 @@ class Graph:
         ]
         return hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:16]
 
+    @cached_property
+    def structure(self) -> str:
+        """A hash of ops and wiring alone: equal for the same model at another batch size."""
+        structure = [[op.target, op.reads, op.writes, op.replay, bool(op.pinned)] for op in self.ops]
+        return hashlib.sha256(json.dumps([structure, self.forward_count]).encode()).hexdigest()[:16]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; `from_dict` reads it back."""
         columns = [f.name for f in fields(Op)]

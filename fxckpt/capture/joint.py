@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx, nn
+from torch._functorch import config as functorch_config
+from torch._functorch._aot_autograd import graph_capture_wrappers
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from fxckpt.capture.cleanup import clean
+from fxckpt.capture.failure import explain
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
-from fxckpt.capture.failure import explain
 from fxckpt.errors import CaptureError
 
 
@@ -46,27 +50,31 @@ class JointGraph:
 class _Traced(nn.Module):
     """The model as a function of flat tensors, with plain tensor attributes turned into buffers."""
 
-    def __init__(
-        self, model: nn.Module, forward: Callable[..., Any], inputs: Structure, detached: frozenset[int]
-    ) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], inputs: Structure) -> None:
         super().__init__()
         self.model = model
-        self._forward, self._inputs, self._detached = forward, inputs, detached
+        self._forward, self._inputs = forward, inputs
         self.outputs: Structure | None = None
-        self.attributes: list[tuple[dict[str, Any], str]] = []
-        known = {id(t) for t in (*model.parameters(), *model.buffers())}
-        for module in model.modules():
-            for name, value in vars(module).items():
-                if type(value) is torch.Tensor and id(value) not in known:
-                    self.register_buffer(f"attribute_{len(self.attributes)}", value.detach())
-                    self.attributes.append((vars(module), name))
+        self.attributes = tensor_attributes(model)
+        for index, (owner, name) in enumerate(self.attributes):
+            self.register_buffer(f"attribute_{index}", owner[name].detach())
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         for index, (owner, name) in enumerate(self.attributes):
             owner[name] = getattr(self, f"attribute_{index}")
         args, kwargs = put_together(self._inputs, iter(tensors))
         flat, self.outputs = take_apart(self._forward(*args, **kwargs))
-        return [t.detach() if i in self._detached else t for i, t in enumerate(flat)]
+        return flat
+
+
+def tensor_attributes(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Tensors that modules hold as plain attributes, neither parameters nor buffers: where each is, and its name."""
+    return [
+        (vars(module), name)
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) is torch.Tensor
+    ]
 
 
 def capture(
@@ -75,7 +83,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     forward: Callable[..., Any] | None = None,
-    undifferentiated: frozenset[int] = frozenset(),
+    differentiated: frozenset[int] | None = None,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -83,7 +91,8 @@ def capture(
         model: a module, on any device, "meta" too.
         args, kwargs: arguments of the call; tensors in them may be nested.
         forward: what to trace instead of `model.forward`.
-        undifferentiated: indices, among the tensors that the model returns, of those that no gradient comes from.
+        differentiated: which outputs backward starts from, as numbers of tangents in the order of the graph's tangents;
+            None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -92,8 +101,9 @@ def capture(
     tensors, inputs = take_apart((tuple(args), kwargs or {}))
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
-    traced = _Traced(model, call, inputs, undifferentiated)
+    traced = _Traced(model, call, inputs)
     with _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
+        stack.enter_context(_backward_from(traced, differentiated))
         joint = _export(stack, traced, tensors)
     outputs = traced.outputs
     if outputs is None:
@@ -103,10 +113,48 @@ def capture(
     return JointGraph(module, read_roles(module.graph, metadata), inputs, outputs, of_nodes(module.graph))
 
 
+@contextlib.contextmanager
+def _backward_from(traced: _Traced, differentiated: frozenset[int] | None) -> Iterator[None]:
+    """Let the traced backward start from some outputs only.
+
+    AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is one
+    call of `torch.autograd.grad`; outputs that are left out of that call get no gradient at all, as in eager.
+    """
+    original = torch.autograd.grad
+
+    def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
+        if sys._getframe(1).f_code.co_filename != graph_capture_wrappers.__file__:
+            return original(outputs, inputs, grad_outputs, **options)
+        chosen = _likely_differentiated(traced.outputs, outputs) if differentiated is None else differentiated
+        outputs = [o for i, o in enumerate(outputs) if i in chosen]
+        grad_outputs = [t for i, t in enumerate(grad_outputs) if i in chosen]
+        return original(outputs, inputs, grad_outputs, **options)
+
+    with mock.patch("torch.autograd.grad", grad):
+        yield
+
+
+def _likely_differentiated(structure: Structure | None, outputs: Sequence[torch.Tensor]) -> frozenset[int]:
+    scalars = [i for i, output in enumerate(outputs) if output.dim() == 0]
+    if structure is not None and len(scalars) == 1 and _has_loss(structure):
+        return frozenset(scalars)
+    return frozenset(range(len(outputs)))
+
+
+def _has_loss(structure: Structure) -> bool:
+    """Whether the model returns a mapping or object with a `loss`, as HuggingFace models do when they get labels."""
+    try:
+        value = put_together(structure, itertools.count())
+    except Exception:  # an output type that insists on tensors: it has no place for a plain number
+        return False
+    return "loss" in value if isinstance(value, Mapping) else hasattr(value, "loss")
+
+
 def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
     """Export the joint graph; a second time with torch's exporting flag set, which makes some models' mask code traceable."""
     stack.enter_context(mock.patch("torch.compiler._is_compiling_flag", True))
     stack.enter_context(torch.enable_grad())
+    stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast
     try:
         with contextlib.ExitStack() as attempt:
             joint = aot_export_joint_with_descriptors(attempt, traced, tuple(tensors))

@@ -43,11 +43,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor that forward computes, with its tangent if backward starts from it."""
+    """One tensor that forward computes, with its tangent if backward starts from it.
+
+    `requires_grad` says whether backward could start from it; if so, `tangent_number` is its place among such outputs.
+    """
 
     node: fx.Node
     tangent: fx.Node | None
     requires_grad: bool
+    tangent_number: int | None
 
 
 @dataclass(frozen=True)
@@ -143,17 +147,20 @@ def _outputs(
 ) -> tuple[tuple[Output, ...], tuple[Result, ...]]:
     """Computed outputs (the model's own, then the bases of views that share memory), and how results come from them."""
     infos = metadata.output_info
+    numbers = {desc: number for number, desc in enumerate(tangents)}
+    used = {desc: node for desc, node in tangents.items() if node.users}
     outputs: list[Output] = []
     place: dict[int, int] = {}  # number of a returned tensor -> number of the computed output
     for number, info in enumerate(infos):
         if info.output_type in _COMPUTED:
             desc = aot.PlainAOTOutput(number)
             place[number] = len(outputs)
-            outputs.append(Output(_node(produced, desc), tangents.get(desc), info.requires_grad))
+            node = _node(produced, desc)
+            outputs.append(Output(node, used.get(desc), info.requires_grad, numbers.get(desc)))
     bases = [desc for desc in produced if isinstance(desc, aot.IntermediateBaseAOTOutput)]
     first_base = len(outputs)
     for desc in bases:
-        outputs.append(Output(_node(produced, desc), tangents.get(desc), tangents.get(desc) is not None))
+        outputs.append(Output(_node(produced, desc), used.get(desc), True, numbers.get(desc)))
     results = []
     for number, info in enumerate(infos):
         kind = info.output_type

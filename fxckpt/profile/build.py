@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.effects import has_effects, is_random, why_pinned
 from fxckpt.capture.joint import JointGraph
 from fxckpt.graph import Graph, Op, Storage
@@ -44,7 +45,7 @@ class Profile:
 def build(joint: JointGraph, cost: CostModel) -> Profile:
     """Build the `Graph` of a captured step, with times and workspaces by a cost model."""
     map_ = map_storages(joint)
-    working = [n for n in joint.module.graph.nodes if n in map_.writes]
+    working = working_nodes(joint, map_)
     nodes = [n for n in working if n in map_.forward] + [n for n in working if n not in map_.forward]
     replayed = _ReplayedStorages(joint, map_)
     ops = tuple(_op(node, joint, map_, replayed, cost) for node in nodes)
@@ -61,6 +62,12 @@ def build(joint: JointGraph, cost: CostModel) -> Profile:
     )
     graph.check()
     return Profile(joint, map_, tuple(nodes), graph)
+
+
+def working_nodes(joint: JointGraph, map_: StorageMap | None = None) -> list[fx.Node]:
+    """The nodes that do work, in the order of the captured graph."""
+    map_ = map_ or map_storages(joint)
+    return [n for n in joint.module.graph.nodes if n in map_.writes]
 
 
 def _behind(map_: StorageMap, nodes: list[fx.Node]) -> tuple[int, ...]:
@@ -116,6 +123,12 @@ def signature(node: fx.Node) -> str:
     """What op a node is, apart from its place in the graph: target, constants, and form of every tensor."""
     args = pytree.tree_map_only(fx.Node, lambda n: _form(n.meta.get("val")), (node.args, node.kwargs))
     return f"{node.target}{args}"
+
+
+def written_bytes(node: fx.Node) -> int:
+    """Bytes of the storages that an op's outputs live in [B]."""
+    tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)]
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def _form(value: Any) -> str:

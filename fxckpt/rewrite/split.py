@@ -6,6 +6,7 @@ Values that backward needs become outputs of the forward graph and inputs of the
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,49 +75,50 @@ def emit(profile: Profile, schedule: Schedule) -> Emitted:
     """
     schedules.check(profile.graph, schedule)
     stages = stages_of(profile, schedule)
-    roles = profile.joint.roles
-    first = _Writer(profile, schedule, None)
-    for given in roles.inputs:
+    first = Writer(profile, schedule, None)
+    for given in profile.joint.roles.inputs:
         first.place(given.node, first.graph.placeholder(given.node.name))
     for step in range(schedule.forward_steps):
         first.step(step)
     results = first.results()
-    second = _Writer(profile, schedule, first)
-    tangents = tuple(i for i, o in enumerate(roles.outputs) if o.tangent is not None)
-    for output in roles.outputs:
-        if output.tangent is not None:
-            second.place(output.tangent, second.graph.placeholder(output.tangent.name))
+    second = Writer(profile, schedule, first)
+    second.place_tangents()
     finished = {stage.step: stage for stage in stages}
     for step in range(schedule.forward_steps, len(schedule)):
         second.step(step)
         if step in finished:
             second.deliver(finished[step].inputs)
     first.finish(results, second.saved)
-    given_indices = second.order_inputs(tangents)
+    given_indices = second.order_inputs([second.inputs[node] for node in second.saved])
     return Emitted(
         forward=compile_boxed(first.graph, profile.joint.module, "Forward"),
         backward=compile_boxed(second.graph, profile.joint.module, "Backward"),
         saved=tuple(second.saved),
         given=given_indices,
-        tangents=tangents,
+        tangents=second.tangents,
         stages=stages,
     )
 
 
-class _Writer:
+class Writer:
     """Writes one of the two graphs. `value(node)` is the current value of a captured node in it, made if need be."""
 
-    def __init__(self, profile: Profile, schedule: Schedule, before: _Writer | None) -> None:
+    def __init__(
+        self, profile: Profile, schedule: Schedule, before: Writer | None, *, executed: Iterable[int] = ()
+    ) -> None:
+        """`before` has written the forward graph; the ops in `executed` have run elsewhere, so that they are repeated here."""
         self.graph = fx.Graph()
         self.saved: list[fx.Node] = []  # nodes of the forward graph whose values are read here
+        self.inputs: dict[fx.Node, fx.Node] = {}  # node of the forward graph, or captured input -> placeholder
+        outputs = profile.joint.roles.outputs
+        self.tangents = tuple(i for i, output in enumerate(outputs) if output.tangent is not None)
         self._profile, self._schedule, self._before = profile, schedule, before
         self._values: dict[fx.Node, fx.Node] = {}
-        self._inputs: dict[fx.Node, fx.Node] = {}  # node of the forward graph, or captured input -> placeholder
         self._nodes_behind: dict[int, list[fx.Node]] = {}
         for node, storage in profile.map.behind.items():
             self._nodes_behind.setdefault(storage, []).append(node)
-        self._executed: set[int] = before._executed if before else set()
-        self._captured: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
+        self._executed: set[int] = before._executed if before else set(executed)
+        self._replayed: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
         self._repeated = schedule.repeats()
 
     # values
@@ -134,7 +136,7 @@ class _Writer:
         stale = substitutes is not None and any(n in substitutes for n in _ancestry(node))
         if node in self._values and not stale:
             return self._values[node]
-        if self._before is not None and not stale and self._comes_from_before(node):
+        if not stale and (node.op == "placeholder" or self._comes_from_before(node)):
             return self._receive(node)
         if node.op == "get_attr":
             emitted = self.graph.create_node("get_attr", node.target, name=node.name)
@@ -150,18 +152,17 @@ class _Writer:
         return emitted
 
     def _comes_from_before(self, node: fx.Node) -> bool:
-        assert self._before is not None
-        return node.op == "placeholder" or node in self._before._values
+        is_tensor = node in self._profile.map.behind  # a list of views is made anew, not handed over
+        return self._before is not None and is_tensor and node in self._before._values
 
     def _receive(self, node: fx.Node) -> fx.Node:
-        assert self._before is not None
         placeholder = self.graph.placeholder(node.name)
         self.place(node, placeholder)
-        if node.op == "placeholder":
-            self._inputs[node] = placeholder
+        if self._before is None or node.op == "placeholder":
+            self.inputs[node] = placeholder
         else:
             source = self._before._values[node]
-            self._inputs[source] = placeholder
+            self.inputs[source] = placeholder
             self.saved.append(source)
         return placeholder
 
@@ -217,24 +218,27 @@ class _Writer:
         storages = iter(replay)
         if is_random(node):
             state = self.graph.call_function(rng_state, (_device(node),))
-            self._keep_replay(next(storages), state)
+            self.keep_replay(next(storages), state)
         for placeholder in self._changed_inputs(node):
             copy = self.graph.call_function(aten.clone.default, (self.value(placeholder),))
-            self._keep_replay(next(storages), copy)
+            self.keep_replay(next(storages), copy)
 
-    def _keep_replay(self, storage: int, emitted: fx.Node) -> None:
-        emitted.meta["fxckpt_replay"] = storage
-        self._captured[storage] = emitted
+    def keep_replay(self, storage: int, emitted: fx.Node) -> None:
+        """Make `emitted` the value of a storage that repeats of an op read."""
+        emitted.meta["fxckpt_replay"] = self._profile.graph.storages[storage].name
+        self._replayed[storage] = emitted
 
     def _replay_value(self, storage: int) -> fx.Node:
-        if storage not in self._captured and self._before is not None:
-            source = self._before._captured[storage]
+        if storage not in self._replayed:
+            source = self._before._replayed.get(storage) if self._before else None
+            if source is None:
+                name = self._profile.graph.storages[storage].name
+                raise InvalidScheduleError(f"{name} was not kept, so what needs it can't be repeated")
             placeholder = self.graph.placeholder(source.name)
-            placeholder.meta["fxckpt_replay"] = storage
-            self._captured[storage] = placeholder
-            self._inputs[source] = placeholder
+            self.keep_replay(storage, placeholder)
+            self.inputs[source] = placeholder
             self.saved.append(source)
-        return self._captured[storage]
+        return self._replayed[storage]
 
     def _changed_inputs(self, node: fx.Node) -> list[fx.Node]:
         """Placeholders whose tensors the step changes, among those that an op reads, in the order of its replay storages."""
@@ -245,9 +249,9 @@ class _Writer:
     # ends
 
     def deliver(self, inputs: tuple[int, ...]) -> None:
-        """Emit the hand-over of some inputs' gradients."""
+        """Emit the hand-over of some inputs' gradients (None for inputs that have none)."""
         gradients = [self._profile.joint.roles.inputs[i].gradient for i in inputs]
-        self.graph.call_function(deliver, tuple(self.value(g) for g in gradients if g is not None))
+        self.graph.call_function(deliver, tuple(None if g is None else self.value(g) for g in gradients))
 
     def results(self) -> list[fx.Node]:
         """What the step hands out when forward ends: updates, then outputs."""
@@ -257,25 +261,30 @@ class _Writer:
 
     def finish(self, results: list[fx.Node], saved: list[fx.Node]) -> None:
         """End the forward graph: return what is handed out, and saved values."""
-        handed_out = set(results)
-        kept = []
-        for node in saved:
-            if node in handed_out:  # the caller's tensor becomes part of autograd's graph: keep another of its storage
-                kept.append(self.graph.call_function(aten.detach.default, (node,)))
-            else:
-                kept.append(node)
-        self.graph.output((*results, *kept))
+        handed_out: set[fx.Node] = set()
+        values = []
+        for node in (*results, *saved):
+            # A tensor that the caller gets becomes part of autograd's graph: anything else needs a tensor of its own.
+            values.append(self.graph.call_function(aten.detach.default, (node,)) if node in handed_out else node)
+            handed_out.add(node)
+        self.graph.output(tuple(values))
         _drop_unused(self.graph)
 
-    def order_inputs(self, tangents: tuple[int, ...]) -> tuple[int, ...]:
-        """End the backward graph: saved values first, then inputs, then tangents. Returns the indices of the inputs."""
+    def place_tangents(self) -> None:
+        """Make placeholders for the tangents."""
+        for output in self._profile.joint.roles.outputs:
+            if output.tangent is not None:
+                self.place(output.tangent, self.graph.placeholder(output.tangent.name))
+
+    def order_inputs(self, saved: list[fx.Node]) -> tuple[int, ...]:
+        """End the backward graph: saved values come first, then inputs, then tangents. Returns the indices of the inputs."""
         roles = self._profile.joint.roles
         self.graph.output(None)
         _drop_unused(self.graph)
-        given = tuple(i for i, role in enumerate(roles.inputs) if role.node in self._inputs)
-        order = [self._inputs[node] for node in self.saved]
-        order += [self._inputs[roles.inputs[i].node] for i in given]
-        order += [self._values[node] for i in tangents if (node := roles.outputs[i].tangent) is not None]
+        given = tuple(i for i, role in enumerate(roles.inputs) if role.node in self.inputs)
+        tangents = {roles.outputs[i].tangent: None for i in self.tangents}
+        order = saved + [self.inputs[roles.inputs[i].node] for i in given]
+        order += [n for n in self.graph.nodes if n.op == "placeholder" and n.meta.get("fxckpt_node") in tangents]
         for placeholder in reversed(order):
             first = next(iter(self.graph.nodes))
             if first is not placeholder:

@@ -1,0 +1,190 @@
+"""What a user calls: plan a model, optimize it, print what was decided, measure what it takes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TextIO, TypeVar, cast
+
+import torch
+from torch import nn
+
+from fxckpt.compile import COST_MODELS, Budget, Options, make_plan, profile_step
+from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.measurement import Measurement, measure_step
+from fxckpt.optimized import plain_model, planner_of, stand_in
+from fxckpt.plan import Plan
+from fxckpt.profile.optimizer_state import optimizer_state_bytes
+from fxckpt.report.table import plan_text
+from fxckpt.signature import watch
+from fxckpt.solvers import SOLVERS, Solver
+from fxckpt.units import parse_bytes
+
+Model = TypeVar("Model", bound=nn.Module)
+Gradients = Literal["auto", "fresh", "allocated"]
+
+
+def optimize(
+    model: Model,
+    memory_budget: Budget = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    solver: str | Solver = "auto",
+    cost_model: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    reserve: int | str = 0,
+    plan: Plan | None = None,
+) -> Model:
+    """The same model, training within a memory budget with the same gradients.
+
+    Args:
+        model: any module. It is left as it is; the result shares its parameters, buffers and submodules.
+        memory_budget: bound on the peak of a training step, everything counted (parameters, gradients, activations,
+            what kernels need inside): a size such as "8GB" or "500MiB", bytes as an int, or a fraction in (0, 1] of the plain
+            model's peak. None: what the model's CUDA device has free.
+        example_inputs, example_kwargs: arguments of a call, to capture and plan now; else that happens at the first call.
+        solver: name of a solver (see `fxckpt.solvers.SOLVERS`), or a function from a graph and a budget in bytes to a schedule.
+        cost_model: "measure" times the ops on the device, "estimate" computes from FLOPs and bytes, "reference" is a fixed
+            device; "auto" measures where the model is on a real device.
+        optimizer: its state counts towards the peak.
+        reserve: bytes to leave for other things.
+        plan: a plan to apply instead of solving.
+
+    Returns:
+        A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the model's.
+        It plans once for each form of input. Without grad it runs the plain forward.
+
+    Raises:
+        BudgetError: the budget or reserve makes no sense.
+        CaptureError: the model can't be captured as one graph.
+        InfeasibleBudgetError: the budget is below what recomputation can reach.
+        PlanMismatchError: `plan` is for another graph.
+    """
+    if plan is not None and memory_budget is None:
+        memory_budget = plan.budget_bytes
+    options = _options(memory_budget, solver, cost_model, optimizer, reserve, plan=plan)
+    result = stand_in(model, options)
+    planner = planner_of(result)
+    assert planner is not None
+    if example_inputs is not None or example_kwargs is not None:
+        planner.prepare(_arguments(example_inputs), dict(example_kwargs or {}))
+    elif memory_budget is None:
+        _check_device(model)
+    return cast(Model, result)
+
+
+def plan(
+    model: nn.Module,
+    memory_budget: Budget = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    solver: str | Solver = "auto",
+    cost_model: str = "auto",
+    optimizer: torch.optim.Optimizer | None = None,
+    reserve: int | str = 0,
+    gradients: Gradients = "auto",
+) -> Plan:
+    """Plan a training step without running or allocating anything; the model may be on the meta device.
+
+    Arguments are those of `optimize`; `gradients` says whether `.grad` is None before the step ("fresh"), holds tensors
+    ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if ops may be run: with
+    cost_model="measure", or by `optimize`.
+
+    Raises:
+        BudgetError, CaptureError, InfeasibleBudgetError: as `optimize`.
+    """
+    options = _options(memory_budget, solver, cost_model, optimizer, reserve, run_ops=cost_model == "measure")
+    plain = plain_model(model)
+    if gradients not in ("auto", "fresh", "allocated"):
+        raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {gradients!r}')
+    allocated = watch(plain).gradients_allocated() if gradients == "auto" else gradients == "allocated"
+    with torch.enable_grad():
+        profile = profile_step(
+            plain,
+            _arguments(example_inputs),
+            dict(example_kwargs or {}),
+            options,
+            forward=plain.forward,
+            gradients_allocated=allocated,
+        )
+    return make_plan(profile, options)
+
+
+def print_plan(
+    model_or_plan: nn.Module | Plan,
+    *,
+    all: bool = False,  # noqa: A002 (the name that people look for)
+    file: TextIO | None = None,
+    measurement: Measurement | None = None,
+) -> None:
+    """Print what was decided and why: the latest plan of an optimized module, or a plan.
+
+    Args:
+        model_or_plan: an optimized module or a plan.
+        all: every row, instead of the largest.
+        file: where to print; standard output by default.
+        measurement: real figures (see `measure`) to print beside the predicted ones.
+
+    Raises:
+        FxckptError: the module is not an optimized one, or nothing is planned yet.
+    """
+    print(plan_text(_plan_of(model_or_plan), all=all, measurement=measurement), file=file or sys.stdout, end="")
+
+
+def _plan_of(model_or_plan: nn.Module | Plan) -> Plan:
+    if isinstance(model_or_plan, Plan):
+        return model_or_plan
+    planner = planner_of(model_or_plan)
+    if planner is None:
+        raise FxckptError("this module has no plan: give the module that fxckpt.optimize returned")
+    if planner.latest is None:
+        raise FxckptError("nothing is planned yet: call the module once, or give example_inputs to fxckpt.optimize")
+    return planner.latest
+
+
+def measure(model: nn.Module, *args: Any, **kwargs: Any) -> Measurement:
+    """Run training steps and measure their real peak and time, for plain and optimized modules alike.
+
+    Backward starts from the model's `loss` if it returns one, else from ones for every output that requires grad. Gradients,
+    buffers and random-number state are afterwards what they were.
+    """
+    return measure_step(model, args, kwargs)
+
+
+def _options(
+    budget: Budget,
+    solver: str | Solver,
+    cost_model: str,
+    optimizer: torch.optim.Optimizer | None,
+    reserve: int | str,
+    **rest: Any,
+) -> Options:
+    if cost_model not in COST_MODELS:
+        raise BudgetError(f"there is no cost model {cost_model!r}; choose one of {', '.join(COST_MODELS)}")
+    if isinstance(solver, str) and solver not in SOLVERS:
+        raise FxckptError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
+    if isinstance(reserve_bytes, bool) or not isinstance(reserve_bytes, int) or reserve_bytes < 0:
+        raise BudgetError(f"reserve must be a number of bytes, zero or more, not {reserve!r}")
+    if optimizer is not None:
+        reserve_bytes += optimizer_state_bytes(optimizer)
+    if isinstance(budget, str):
+        parse_bytes(budget)
+    return Options(budget, solver, cost_model, reserve_bytes, **rest)
+
+
+def _arguments(example_inputs: Sequence[Any] | None) -> tuple[Any, ...]:
+    if isinstance(example_inputs, torch.Tensor):
+        raise FxckptError("example_inputs is a tuple of the model's arguments: write (x,) instead of x")
+    return tuple(example_inputs or ())
+
+
+def _check_device(model: nn.Module) -> None:
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if device.type != "cuda":
+        raise BudgetError(
+            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a size such "
+            'as memory_budget="8GB", or a fraction of the plain peak such as 0.5'
+        )

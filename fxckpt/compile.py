@@ -1,0 +1,210 @@
+"""From a model and the arguments of a call to a runnable plan: capture, profile, solve, rewrite, in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt.capture.joint import JointGraph, capture
+from fxckpt.errors import BudgetError, PlanMismatchError
+from fxckpt.graph import Graph
+from fxckpt.plan import Plan
+from fxckpt.profile import measure
+from fxckpt.profile.build import CostModel, OpCost, Profile, build, working_nodes
+from fxckpt.profile.estimate import DEVICES, DeviceProfile, estimate_us
+from fxckpt.report.decisions import decisions
+from fxckpt.rewrite.split import emit
+from fxckpt.rewrite.verify import verify
+from fxckpt.runtime import Program
+from fxckpt.schedule import Schedule, plain
+from fxckpt.simulate import simulate
+from fxckpt.solvers import Solver, solve
+from fxckpt.units import parse_bytes
+
+COST_MODELS = ("auto", "estimate", "measure", "reference")
+
+Budget = str | int | float | None
+"""A size such as "8GB", bytes, a fraction of the plain model's peak, or None for what the CUDA device has free."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asked for.
+
+    Attributes:
+        budget: bound on the peak.
+        solver: name of a solver, or a function from graph and budget to a schedule.
+        cost_model: name of a cost model.
+        reserve_bytes: memory to leave for other things, optimizer state among them [B].
+        plan: a plan to apply instead of solving.
+        run_ops: whether ops may be run to find their workspace and time.
+    """
+
+    budget: Budget
+    solver: str | Solver = "auto"
+    cost_model: str = "auto"
+    reserve_bytes: int = 0
+    plan: Plan | None = None
+    run_ops: bool = True
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A planned step: what was captured, what was decided, and what runs."""
+
+    profile: Profile
+    plan: Plan
+    program: Program
+
+
+def profile_step(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    options: Options,
+    *,
+    forward: Callable[..., Any],
+    gradients_allocated: bool,
+    differentiated: frozenset[int] | None = None,
+) -> Profile:
+    """Capture a step and attach bytes and times to it.
+
+    Raises:
+        CaptureError: the model can't be captured as one graph.
+    """
+    joint = capture(model, args, kwargs, forward=forward, differentiated=differentiated)
+    profile = build(joint, cost_model(options, joint))
+    graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=options.reserve_bytes)
+    return replace(profile, graph=graph)
+
+
+def cost_model(options: Options, joint: JointGraph) -> CostModel:
+    """The cost model that a user named; workspaces are measured wherever ops may be run."""
+    device = device_of(joint)
+    name = options.cost_model
+    on_device = options.run_ops and device.type != "meta"
+    if name == "auto":
+        name = "measure" if on_device else "estimate"
+    if name == "measure" and not on_device:
+        raise BudgetError(
+            'cost_model="measure" runs the ops, but the model is on the meta device: use cost_model="estimate"'
+        )
+    estimate = estimated(DEVICES["reference"] if name == "reference" else _device_profile(device))
+    if not on_device:
+        return estimate
+    nodes = working_nodes(joint)
+    measure.measure_workspaces(nodes)
+    if name != "measure":
+        return measure.with_workspaces(estimate)
+    measure.measure_times(nodes, estimate)
+    return measure.measured
+
+
+def estimated(device: DeviceProfile) -> CostModel:
+    """The cost model that runs nothing."""
+    return lambda node: OpCost(estimate_us(node, device))
+
+
+def device_of(joint: JointGraph) -> torch.device:
+    """The device that the step runs on: that of its first parameter, else of its first input."""
+    tensors = [i.node.meta["val"] for i in joint.roles.inputs]
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
+def _device_profile(device: torch.device) -> DeviceProfile:
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((profile for key, profile in DEVICES.items() if key in name), DEVICES["A100"])
+    return DEVICES["cpu"]
+
+
+def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) -> Plan:
+    """Choose a schedule: the given plan's, that of a similar graph planned before if it fits, else a solver's.
+
+    Raises:
+        PlanMismatchError: the given plan is for another graph.
+        InfeasibleBudgetError: the budget is below what the solver reaches.
+        BudgetError: the budget makes no sense.
+    """
+    graph = profile.graph
+    if options.plan is not None:
+        _check_same_graph(options.plan, graph)
+        return replace(options.plan, graph=graph)
+    budget_bytes = budget_in_bytes(options.budget, graph, device_of(profile.joint))
+    for plan in similar:
+        if plan.graph.structure == graph.structure:
+            reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
+            if reused.predicted.peak_bytes <= budget_bytes:
+                return reused
+    solution = solve(graph, budget_bytes, options.solver)
+    return Plan(graph, solution.schedule, solution.solver, _cost_name(options, profile), budget_bytes)
+
+
+def _cost_name(options: Options, profile: Profile) -> str:
+    if options.cost_model != "auto":
+        return options.cost_model
+    return "measure" if options.run_ops and device_of(profile.joint).type != "meta" else "estimate"
+
+
+def _check_same_graph(plan: Plan, graph: Graph) -> None:
+    if plan.fingerprint != graph.fingerprint:
+        raise PlanMismatchError(
+            f"the plan is for graph {plan.fingerprint} ({len(plan.graph.ops)} ops), but this model and these inputs give "
+            f"graph {graph.fingerprint} ({len(graph.ops)} ops). Plan again for this model, these input shapes and this torch"
+        )
+
+
+def make_program(profile: Profile, schedule: Schedule) -> Program:
+    """Emit the graphs of a schedule, and check that they execute it."""
+    emitted = emit(profile, schedule)
+    verify(profile, schedule, emitted)
+    return Program(profile.joint.roles, emitted)
+
+
+def annotate(profile: Profile, plan: Plan) -> None:
+    """Write what the plan decides for each op of the captured graph to its `node.meta["fxckpt"]`."""
+    decided = decisions(plan)
+    repeats = plan.schedule.repeats()
+    for index, (node, op) in enumerate(zip(profile.nodes, plan.graph.ops, strict=True)):
+        node.meta["fxckpt"] = {
+            "runs": 1 + repeats.get(index, 0),
+            "decisions": {plan.graph.storages[s].name: decided[s] for s in op.writes if s in decided},
+        }
+
+
+def budget_in_bytes(budget: Budget, graph: Graph, device: torch.device) -> int:
+    """The bound on the peak that a user's budget means for a graph [B].
+
+    Raises:
+        BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of its own.
+    """
+    if isinstance(budget, str):
+        return parse_bytes(budget)
+    if isinstance(budget, bool) or not isinstance(budget, (int, float, type(None))):
+        raise BudgetError(f'a memory budget is a size such as "8GB", bytes, or a fraction, not {budget!r}')
+    if budget is None:
+        return _free_bytes(device)
+    if isinstance(budget, int):
+        if budget <= 0:
+            raise BudgetError(f"a memory budget must be positive, not {budget} bytes")
+        return budget
+    if not 0 < budget <= 1:
+        raise BudgetError(
+            f"a memory budget of {budget!r}, a float, is a fraction of the plain model's peak and must be in (0, 1]; write bytes "
+            'as an int or a text such as "8GB"'
+        )
+    return int(budget * simulate(graph, plain(graph)).peak_bytes)
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        raise BudgetError(
+            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a size such "
+            'as memory_budget="8GB", or a fraction of the plain peak such as 0.5'
+        )
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return free_bytes + torch.cuda.memory_reserved(device)

@@ -1,0 +1,204 @@
+"""The module that stands in for the user's model: the same object in another class, with planned forward and backward.
+
+The stand-in shares the model's whole `__dict__`, so parameters, buffers, submodules, flags and attributes are the same in
+both, whichever of the two is changed. What fxckpt needs beside that lives in a slot, outside the dictionary.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from fxckpt.capture.roles import Input, InputKind
+from fxckpt.capture.structure import Structure, put_together, take_apart
+from fxckpt.compile import Compiled, Options, annotate, make_plan, make_program, profile_step
+from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.plan import Plan
+from fxckpt.profile.build import Profile
+from fxckpt.rewrite.bridge import bridge
+from fxckpt.runtime import Program, Tangents, run_forward
+from fxckpt.signature import Signature, watch
+
+_SLOT = "_fxckpt"
+
+
+def stand_in(model: nn.Module, options: Options) -> nn.Module:
+    """A module that stands in for `model` and is planned by `options`, at its first call or by `prepare`."""
+    plain = plain_model(model)
+    kind = _stand_in_class(type(plain))
+    module = cast(nn.Module, object.__new__(kind))
+    object.__setattr__(module, "__dict__", plain.__dict__)
+    object.__setattr__(module, _SLOT, Planner(plain, options))
+    return module
+
+
+def planner_of(model: nn.Module) -> Planner | None:
+    """The planner behind a stand-in, or None for other modules."""
+    return getattr(model, _SLOT, None) if isinstance(model, _StandIn) else None
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The user's own model behind a stand-in; other modules are returned as they are."""
+    planner = planner_of(model)
+    return model if planner is None else planner.plain
+
+
+class _StandIn:
+    """What a stand-in does differently from the model's class."""
+
+    _fxckpt: Planner
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        return self._fxckpt.forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
+        planner = self._fxckpt
+        return stand_in(copy.deepcopy(planner.plain, memo), planner.options)
+
+    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
+        return stand_in, (self._fxckpt.plain, self._fxckpt.options)
+
+
+@functools.cache
+def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
+    body = {
+        "__slots__": (_SLOT,),
+        "__module__": kind.__module__,
+        "__qualname__": kind.__qualname__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (_StandIn, kind), body)
+
+
+@dataclass
+class _Entry:
+    """All that is known for one input signature: what to run now, and captures and backwards from other outputs."""
+
+    expected: Compiled
+    gradients_allocated: bool
+    captured: dict[Tangents, Compiled]
+    bridges: dict[tuple[int, Tangents], Program] = field(default_factory=dict)
+
+
+class Planner:
+    """Plans and runs a model's training step, one plan for each input signature."""
+
+    def __init__(self, plain: nn.Module, options: Options) -> None:
+        self.plain, self.options = plain, options
+        self.latest: Plan | None = None
+        self.forward = functools.partial(Planner.call, self)
+        functools.update_wrapper(self.forward, plain.forward)  # inspect.signature sees the model's own arguments
+        self._entries: dict[Signature, _Entry | None] = {}
+        self._lock = threading.Lock()
+        self._watch = watch(plain)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, planned. Without grad it is the plain forward."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.plain.forward(*args, **kwargs)
+        tensors, structure = take_apart((args, kwargs))
+        entry = self._entry(tensors, structure, args, kwargs)
+        if entry is None:
+            return self.plain.forward(*args, **kwargs)
+        compiled = entry.expected
+        given = self._given(compiled.profile.joint.roles.inputs, tensors)
+        other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
+        results = run_forward(compiled.program, given, other_backward)
+        return put_together(compiled.profile.joint.outputs, iter(results))
+
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Capture and plan for these arguments now."""
+        with torch.enable_grad():
+            self._entry(*take_apart((tuple(args), kwargs)), args, kwargs)
+
+    def compiled(self) -> list[Compiled]:
+        """What was planned so far, a plan for each input signature."""
+        return [entry.expected for entry in self._entries.values() if entry is not None]
+
+    def _entry(
+        self, tensors: list[torch.Tensor], structure: Structure, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> _Entry | None:
+        if self._watch.changed():
+            self._watch, self._entries = watch(self.plain), {}
+        signature = self._watch.signature(tensors, structure)
+        if signature not in self._entries:
+            with self._lock:
+                if signature not in self._entries:
+                    self._entries[signature] = self._make_entry(tensors, args, kwargs)
+        return self._entries[signature]
+
+    def _make_entry(self, tensors: list[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> _Entry | None:
+        """Capture and plan; None where there is nothing to differentiate."""
+        self._watch.check()
+        if not any(t.requires_grad for t in (*tensors, *self.plain.parameters())):
+            return None
+        allocated = self._watch.gradients_allocated()
+        profile = profile_step(
+            self.plain, args, kwargs, self.options, forward=self.plain.forward, gradients_allocated=allocated
+        )
+        if all(output.tangent is None for output in profile.joint.roles.outputs):
+            return None
+        compiled = self._compile(profile, self.options)
+        return _Entry(compiled, allocated, {compiled.program.tangents: compiled})
+
+    def _compile(self, profile: Profile, options: Options) -> Compiled:
+        similar = [entry.expected.plan for entry in self._entries.values() if entry is not None]
+        plan = make_plan(profile, options, similar)
+        program = make_program(profile, plan.schedule)
+        annotate(profile, plan)
+        self.latest = plan
+        return Compiled(profile, plan, program)
+
+    def _given(self, inputs: Sequence[Input], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        get = self._watch.tensor
+        return [tensors[i.index] if i.kind is InputKind.ARGUMENT else get(i) for i in inputs]
+
+    def _backward_for(
+        self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+    ) -> Program:
+        """A backward from other outputs, continuing from the forward that ran; the next forward is planned for them."""
+        with self._lock:
+            if present not in entry.captured:
+                entry.captured[present] = self._recapture(entry, ran, args, kwargs, present)
+            other = entry.expected = entry.captured[present]
+            if other is ran:
+                return ran.program
+            key = (id(ran), present)
+            if key not in entry.bridges:
+                try:
+                    emitted = bridge(ran.program.emitted, other.profile)
+                except InvalidScheduleError as error:
+                    raise RuntimeContractError(
+                        f"backward started from other outputs than expected, and this forward can't serve it: {error}. "
+                        "Run forward again: it is planned for them now"
+                    ) from error
+                entry.bridges[key] = Program(other.profile.joint.roles, emitted)
+            return entry.bridges[key]
+
+    def _recapture(
+        self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+    ) -> Compiled:
+        """Capture and plan the step with backward starting from the outputs `present`."""
+        options = self.options
+        if options.plan is not None:  # it was made for the other outputs
+            options = replace(options, plan=None, budget=options.plan.budget_bytes)
+        outputs = ran.profile.joint.roles.outputs
+        with torch.enable_grad():
+            profile = profile_step(
+                self.plain,
+                args,
+                kwargs,
+                options,
+                forward=self.plain.forward,
+                gradients_allocated=entry.gradients_allocated,
+                differentiated=frozenset(n for i in present if (n := outputs[i].tangent_number) is not None),
+            )
+        return self._compile(profile, options)

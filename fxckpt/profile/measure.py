@@ -1,0 +1,161 @@
+"""The measuring cost model: run each distinct op of a graph once or a few times on its device.
+
+Workspaces (memory that a kernel allocates inside and frees before it returns) can't be known otherwise: CPU convolutions
+allocate more than their outputs. Results are kept for the life of the process, by op signature and number of threads.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxckpt.memory import allocation_changes, peak_allocated_bytes
+from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
+
+_FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 3, 20, 5_000.0
+_MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations
+
+_WORKSPACE_BYTES: dict[tuple[str, int], int] = {}
+_TIME_US: dict[tuple[str, int], float] = {}
+
+
+def measure_workspaces(nodes: Iterable[fx.Node]) -> None:
+    """Find the workspace of each distinct op that is not known yet. Ops that can't be run alone have none."""
+    fresh = _distinct(nodes, _WORKSPACE_BYTES)
+    on_cpu = {key: node for key, node in fresh.items() if _device(node).type == "cpu"}
+    for key, node in fresh.items():
+        if key not in on_cpu:
+            call = _Call.of(node)
+            peak_bytes = peak_allocated_bytes(call.run, _device(node)) if call else 0
+            _WORKSPACE_BYTES[key] = max(0, peak_bytes - written_bytes(node))
+    if on_cpu:
+        _measure_on_cpu(on_cpu)
+
+
+def measure_times(nodes: Iterable[fx.Node], fallback: CostModel) -> None:
+    """Find the time of each distinct op that is not known yet: median after a warm-up. Ops that can't be run alone get
+    the estimate of `fallback`."""
+    with torch.no_grad(), torch.random.fork_rng():
+        for key, node in _distinct(nodes, _TIME_US).items():
+            call = _Call.of(node)
+            _TIME_US[key] = _median_us(call, _device(node)) if call else fallback(node).time_us
+
+
+def measured(node: fx.Node) -> OpCost:
+    """Cost of an op that `measure_times` and `measure_workspaces` have seen."""
+    return OpCost(_TIME_US[_key(node)], _WORKSPACE_BYTES[_key(node)])
+
+
+def with_workspaces(cost: CostModel) -> CostModel:
+    """A cost model with its workspaces replaced by the measured ones."""
+    return lambda node: OpCost(cost(node).time_us, _WORKSPACE_BYTES.get(_key(node), 0))
+
+
+@dataclass(frozen=True)
+class _Call:
+    """An op with real arguments of the right form."""
+
+    target: Any
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> _Call | None:
+        """The call of a node, or None if it fails with made-up values."""
+        made: dict[fx.Node, Any] = {}
+        for source in node.all_input_nodes:
+            made[source] = pytree.tree_map_only(torch.Tensor, _tensor_like, source.meta["val"])
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda a: made.get(a, a) if isinstance(a, fx.Node) else a
+        )  # type: ignore[misc, arg-type]
+        call = cls(node.target, args, kwargs)
+        try:
+            call.run()
+        except Exception:  # values that the op refuses: it is then estimated
+            return None
+        return call
+
+    def run(self) -> Any:
+        """Run the op below autograd, as emitted graphs do."""
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+            return self.target(*self.args, **self.kwargs)
+
+
+def _tensor_like(value: torch.Tensor) -> torch.Tensor:
+    """A real tensor of the same form: small positive numbers, zeros for integers (valid as indices)."""
+    size_bytes = value.untyped_storage().nbytes()
+    flat = torch.zeros(size_bytes // max(value.element_size(), 1), dtype=value.dtype, device=value.device)
+    if value.dtype.is_floating_point or value.dtype.is_complex:
+        flat.fill_(0.5)
+    return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _measure_on_cpu(nodes: dict[tuple[str, int], fx.Node]) -> None:
+    """Run the ops one after another under one profiler, with a marking allocation before each."""
+    ran: list[tuple[tuple[str, int], fx.Node]] = []
+
+    def run_all() -> None:
+        for key, node in nodes.items():
+            call = _Call.of(node)
+            if call is None:
+                _WORKSPACE_BYTES[key] = 0
+                continue
+            ran.append((key, node))
+            torch.empty(_MARK_BYTES, dtype=torch.uint8)
+            result = call.run()
+            torch.empty(_MARK_BYTES, dtype=torch.uint8)
+            del result, call
+
+    with torch.no_grad(), torch.random.fork_rng():
+        changes = list(allocation_changes(run_all))
+    for (key, node), peak_bytes in zip(ran, _peaks_between_marks(changes), strict=True):
+        _WORKSPACE_BYTES[key] = max(0, peak_bytes - written_bytes(node))
+
+
+def _peaks_between_marks(changes: list[int]) -> Iterator[int]:
+    """Peaks of the stretches that stand between an odd mark and the next."""
+    inside, in_use, peak = False, 0, 0
+    for change in changes:
+        if change == _MARK_BYTES:
+            if inside:
+                yield peak
+            inside, in_use, peak = not inside, 0, 0
+        elif change != -_MARK_BYTES and inside:
+            in_use += change
+            peak = max(peak, in_use)
+
+
+def _median_us(call: _Call, device: torch.device) -> float:
+    times: list[float] = []
+    while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and sum(times) < _ENOUGH_US):
+        _wait(device)
+        start = time.perf_counter()
+        call.run()
+        _wait(device)
+        times.append((time.perf_counter() - start) * 1e6)
+    return statistics.median(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device.type).synchronize(device)
+
+
+def _distinct(nodes: Iterable[fx.Node], known: dict[tuple[str, int], Any]) -> dict[tuple[str, int], fx.Node]:
+    return {key: node for node in nodes if (key := _key(node)) not in known}
+
+
+def _key(node: fx.Node) -> tuple[str, int]:
+    return signature(node), torch.get_num_threads()
+
+
+def _device(node: fx.Node) -> torch.device:
+    leaves = pytree.tree_leaves((node.meta.get("val"), [n.meta.get("val") for n in node.all_input_nodes]))
+    return next((t.device for t in leaves if isinstance(t, torch.Tensor)), torch.device("cpu"))

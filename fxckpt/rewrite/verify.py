@@ -1,0 +1,184 @@
+"""Check emitted graphs against the schedule they were made from, by reading the graphs alone.
+
+What is checked, after every rewrite: the ops stand in the schedule's order, each calls what the captured op calls on the
+values that the captured op reads, in their most recent copies; and every copy of every storage lives exactly as long as the
+simulation says, so that the predicted peak is that of the code which runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from fxckpt.errors import VerificationError
+from fxckpt.graph import RESIDENT
+from fxckpt.profile.build import Profile
+from fxckpt.rewrite.codegen import deliver
+from fxckpt.rewrite.rng import run_with_rng_state
+from fxckpt.rewrite.split import Emitted
+from fxckpt.schedule import Schedule
+from fxckpt.simulate import simulate
+
+
+def verify(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
+    """Check that emitted graphs execute exactly a schedule.
+
+    Raises:
+        VerificationError: they don't; the message names the first node that differs. This is a defect of fxckpt.
+    """
+    _check_order(profile, schedule, emitted)
+    _check_arguments(profile, emitted)
+    _check_lifetimes(profile, schedule, emitted)
+
+
+def _nodes(emitted: Emitted) -> list[fx.Node]:
+    return list(chain(emitted.forward.graph.nodes, emitted.backward.graph.nodes))
+
+
+def _check_order(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
+    for graph, steps in (
+        (emitted.forward.graph, range(schedule.forward_steps)),
+        (emitted.backward.graph, range(schedule.forward_steps, len(schedule))),
+    ):
+        found = [node for node in graph.nodes if "fxckpt_step" in node.meta]
+        if [node.meta["fxckpt_step"] for node in found] != list(steps):
+            raise VerificationError("the emitted ops are not the steps of the schedule, in their order")
+        for node in found:
+            expected = profile.nodes[schedule.order[node.meta["fxckpt_step"]]]
+            if node.meta["fxckpt_node"] is not expected:
+                raise VerificationError(f"{node.name} is emitted where {expected.name} belongs")
+
+
+def _check_arguments(profile: Profile, emitted: Emitted) -> None:
+    """Each emitted node calls what its captured node calls, on the same values in their latest copies."""
+    behind = profile.map.behind
+    latest: dict[int, int] = {}  # storage -> the emitted op (by position) that wrote its latest copy
+    copy_of: dict[fx.Node, int] = {}  # emitted value -> the copy that it is in
+    handed_over = dict(zip(_backward_inputs(emitted), emitted.saved, strict=False))
+    for position, node in enumerate(_nodes(emitted)):
+        captured = node.meta.get("fxckpt_node")
+        if captured is None or node.op != "call_function":
+            if node in handed_over and captured is not None:
+                copy_of[node] = copy_of[handed_over[node]]
+            continue
+        target, args, kwargs = _call(node)
+        if target != captured.target:
+            raise VerificationError(f"{node.name} calls {target}, but {captured.name} calls {captured.target}")
+        expected = pytree.tree_leaves((captured.args, captured.kwargs))
+        found = pytree.tree_leaves((args, kwargs))
+        for want, have in zip(expected, found, strict=True):
+            if not isinstance(want, fx.Node):
+                if want is not have and want != have:
+                    raise VerificationError(f"{node.name} has the argument {have!r} where {captured.name} has {want!r}")
+            elif "fxckpt_replay" not in have.meta:
+                _check_value(node, want, have, latest, copy_of, behind)
+        if "fxckpt_step" in node.meta:
+            for storage in profile.map.writes[captured]:
+                latest[storage] = position
+        storage = behind.get(captured)
+        if storage is not None:
+            copy_of[node] = latest.get(storage, -1)
+
+
+def _check_value(
+    node: fx.Node,
+    want: fx.Node,
+    have: fx.Node,
+    latest: dict[int, int],
+    copy_of: dict[fx.Node, int],
+    behind: dict[fx.Node, int],
+) -> None:
+    if have.meta.get("fxckpt_node") is not want:
+        raise VerificationError(f"{node.name} reads {have.name} where a value of {want.name} belongs")
+    if want in behind and have.op != "placeholder" and copy_of.get(have, -1) != latest.get(behind[want], -1):
+        raise VerificationError(f"{node.name} reads an old copy of {want.name}")
+
+
+def _call(node: fx.Node) -> tuple[Any, Any, Any]:
+    if node.target is run_with_rng_state:
+        _, _, target, *args = node.args
+        return target, tuple(args), node.kwargs
+    return node.target, node.args, node.kwargs
+
+
+def _backward_inputs(emitted: Emitted) -> list[fx.Node]:
+    return [node for node in emitted.backward.graph.nodes if node.op == "placeholder"]
+
+
+@dataclass
+class _Copy:
+    """One copy of a storage in the emitted code: from the step that writes it to the last that mentions it."""
+
+    storage: int
+    born: int
+    dies: int
+    values: set[fx.Node] = field(default_factory=set)
+
+
+def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
+    """Liveness as the generated code has it (a variable dies at its last mention), against the simulation's."""
+    graph, split = profile.graph, schedule.forward_steps
+    copies: list[_Copy] = []
+    holder: dict[fx.Node, _Copy] = {}
+    handed_over = dict(zip(_backward_inputs(emitted), emitted.saved, strict=False))
+    step = -1
+    for node in _nodes(emitted):
+        step = node.meta.get("fxckpt_step", step)
+        captured = node.meta.get("fxckpt_node")
+        for source in node.all_input_nodes:
+            if source in holder and node.op != "output":
+                holder[source].dies = max(holder[source].dies, _step_of(node, step))
+        if node in handed_over and handed_over[node] in holder:
+            holder[node] = holder[handed_over[node]]
+            holder[node].dies = max(holder[node].dies, split)
+        elif captured is None or captured not in profile.map.behind:
+            continue
+        elif node.op == "placeholder":
+            storage = profile.map.behind[captured]
+            if graph.storages[storage].kind not in RESIDENT:
+                holder[node] = _Copy(storage, split, split)
+                copies.append(holder[node])
+        else:
+            source = next((n for n in node.all_input_nodes if _same_copy(profile, n, node, holder)), None)
+            if source is not None:
+                holder[node] = holder[source]
+            elif graph.storages[profile.map.behind[captured]].kind not in RESIDENT:
+                holder[node] = _Copy(profile.map.behind[captured], step, step)
+                copies.append(holder[node])
+    _compare(profile, schedule, copies)
+
+
+def _step_of(node: fx.Node, step: int) -> int:
+    """The step during which a node runs: views stand before the op that reads them, and belong to its step."""
+    if "fxckpt_step" in node.meta or node.target is deliver:
+        return step
+    readers = [_step_of(user, user.meta.get("fxckpt_step", step)) for user in node.users if user.op == "call_function"]
+    return max([step, *readers]) if readers else step
+
+
+def _same_copy(profile: Profile, source: fx.Node, node: fx.Node, holder: dict[fx.Node, _Copy]) -> bool:
+    """Whether a node is a view of a source value rather than a new allocation."""
+    if source not in holder or "fxckpt_step" in node.meta:
+        return False
+    return holder[source].storage == profile.map.behind[node.meta["fxckpt_node"]]
+
+
+def _compare(profile: Profile, schedule: Schedule, copies: list[_Copy]) -> None:
+    """Storages that are handed out live on; all others must die in the code where the simulation lets them die."""
+    graph = profile.graph
+    handed_out = {*graph.outputs, *graph.updates, *graph.gradients}
+    found = {(c.storage, c.born): c.dies for c in copies if c.storage not in handed_out}
+    for life in simulate(graph, schedule).lifetimes:
+        key = (life.storage, life.born)
+        if life.storage in handed_out or life.storage in graph.replayed or life.dies == life.born:
+            continue
+        if found.get(key) != life.dies:
+            name = graph.storages[life.storage].name
+            raise VerificationError(
+                f"{name}, written in step {life.born}, dies in step {found.get(key)} of the emitted code, but the plan says "
+                f"step {life.dies}"
+            )

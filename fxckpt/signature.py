@@ -1,0 +1,135 @@
+"""What a plan depends on, checked at every call in microseconds: forms of inputs and parameters, flags, autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt.capture.joint import tensor_attributes
+from fxckpt.capture.roles import Input, InputKind
+from fxckpt.capture.structure import Structure
+from fxckpt.errors import RuntimeContractError
+
+Signature = Hashable
+
+_Place = tuple[dict[str, Any], str]
+"""Where something is found: a dictionary and a key."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """A model's parts, listed once, so that looking them over is cheap.
+
+    Attributes:
+        modules: all modules with their paths; the root is first.
+        children: where each submodule is found, and which it was.
+        parameters, buffers: where each is found, by path.
+        attributes: where plain tensor attributes are found.
+    """
+
+    modules: tuple[tuple[str, nn.Module], ...]
+    children: tuple[tuple[_Place, nn.Module], ...]
+    parameters: dict[str, _Place]
+    buffers: dict[str, _Place]
+    attributes: tuple[_Place, ...]
+
+    def changed(self) -> bool:
+        """Whether submodules, parameters or buffers were added, removed or replaced by others of another name."""
+        try:
+            return (
+                any(owner[name] is not child for (owner, name), child in self.children) or self._sizes() != self._counts
+            )
+        except KeyError:
+            return True
+
+    def _sizes(self) -> list[int]:
+        return [len(m._modules) + len(m._parameters) + len(m._buffers) for _, m in self.modules]
+
+    @property
+    def _counts(self) -> list[int]:
+        return object.__getattribute__(self, "_initial")  # type: ignore[no-any-return]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_initial", self._sizes())
+
+    def signature(self, tensors: list[torch.Tensor], structure: Structure) -> Signature:
+        """A hashable value that is equal for calls which one plan serves."""
+        parameters = [owner[name] for owner, name in self.parameters.values()]
+        return (
+            structure,
+            tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
+            _repeated(tensors),
+            tuple([module.training for _, module in self.modules]),
+            tuple([(p.requires_grad, p.dtype, p.shape, p.device) for p in parameters if p is not None]),
+            tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
+            self.gradients_allocated(),
+            tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in self.modules[1:]]),
+            _ambient(),
+        )
+
+    def gradients_allocated(self) -> bool:
+        """Whether some parameter has a gradient, which this step will add to."""
+        return any(p is not None and p.grad is not None for o, n in self.parameters.values() for p in (o[n],))
+
+    def tensor(self, role: Input) -> torch.Tensor:
+        """The parameter, buffer or attribute that a graph input stands for."""
+        if role.kind is InputKind.ATTRIBUTE:
+            owner, name = self.attributes[role.index]
+        else:
+            owner, name = (self.parameters if role.kind is InputKind.PARAMETER else self.buffers)[role.path]
+        return owner[name]  # type: ignore[no-any-return]
+
+    def check(self) -> None:
+        """Refuse what would be ignored.
+
+        Raises:
+            RuntimeContractError: a submodule has hooks that a captured graph would not call.
+        """
+        for name, module in self.modules[1:]:
+            if module._backward_hooks or module._backward_pre_hooks:
+                raise RuntimeContractError(
+                    f"submodule {name!r} has a backward hook, which an optimized module would not call: remove it, register it on "
+                    "the root module, or use a hook on a tensor or parameter"
+                )
+
+
+def watch(model: nn.Module) -> Watch:
+    """List a model's parts."""
+    modules = tuple(model.named_modules())
+    children = tuple(
+        ((module._modules, name), child)
+        for _, module in modules
+        for name, child in module._modules.items()
+        if child is not None
+    )
+    return Watch(
+        modules,
+        children,
+        dict(_places(modules, "_parameters")),
+        dict(_places(modules, "_buffers")),
+        tuple(tensor_attributes(model)),
+    )
+
+
+def _places(modules: tuple[tuple[str, nn.Module], ...], kind: str) -> list[tuple[str, _Place]]:
+    return [
+        (f"{path}.{name}" if path else name, (getattr(module, kind), name))
+        for path, module in modules
+        for name in getattr(module, kind)
+    ]
+
+
+def _repeated(tensors: list[torch.Tensor]) -> tuple[int, ...]:
+    """For each tensor the place of its first occurrence: the same tensor given twice is another graph."""
+    first: dict[int, int] = {}
+    return tuple([first.setdefault(id(t), i) for i, t in enumerate(tensors)])
+
+
+def _ambient() -> tuple[Any, ...]:
+    """Global state that changes which ops a model runs."""
+    casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
+    return casts, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
