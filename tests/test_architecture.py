@@ -142,3 +142,10 @@ def test_every_bare_except_and_print_is_gone() -> None:
             assert not (isinstance(node, ast.ExceptHandler) and node.type is None), module
             is_print = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
             assert not is_print or part(module) in ("report", "cli", "demo", "api"), f"{module} prints"
+
+
+@pytest.mark.parametrize("first", ["fxckpt.plan", "fxckpt.api", "fxckpt.solvers", "fxckpt.cli"])
+def test_public_functions_are_functions_whatever_was_imported_before(first: str) -> None:
+    code = f"import {first}, fxckpt; assert all(callable(getattr(fxckpt, name)) for name in fxckpt.__all__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

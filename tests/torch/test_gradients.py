@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import fxckpt
+from fxckpt import api
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
 from fxckpt.plan import Plan
@@ -29,7 +30,7 @@ class Subject:
         self.model, self.args, self.kwargs = case.build()
         self.initial = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.expected: Step = plain_step(self.model, self.args, self.kwargs, case.loss)
-        self.plain_plan: Plan = fxckpt.plan(
+        self.plain_plan: Plan = api.plan(
             self.model, 1.0, example_inputs=self.args, example_kwargs=self.kwargs, solver="save_all"
         )
 
@@ -117,9 +118,9 @@ def test_a_model_that_plans_at_its_first_call(case: Case) -> None:
 def test_the_floor_of_an_infeasible_budget_works() -> None:
     model, args, kwargs = CASES[1].build()
     with pytest.raises(InfeasibleBudgetError) as caught:
-        fxckpt.plan(model, "1KB", example_inputs=args, example_kwargs=kwargs)
+        api.plan(model, "1KB", example_inputs=args, example_kwargs=kwargs)
     assert caught.value.budget_bytes == 1000
-    plan = fxckpt.plan(model, caught.value.floor_bytes, example_inputs=args, example_kwargs=kwargs)
+    plan = api.plan(model, caught.value.floor_bytes, example_inputs=args, example_kwargs=kwargs)
     assert plan.predicted.peak_bytes <= caught.value.floor_bytes
 
 

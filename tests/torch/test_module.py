@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxckpt
+from fxckpt import api
 from fxckpt.errors import BudgetError, CaptureError, InfeasibleBudgetError, PlanMismatchError, SolverError
 from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, plain
@@ -101,7 +102,7 @@ def test_the_model_itself_stays_plain() -> None:
 def test_planning_changes_nothing() -> None:
     model = net()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    fxckpt.plan(model, 1.0, example_inputs=(X,))
+    api.plan(model, 1.0, example_inputs=(X,))
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert vars(model).keys() == vars(net()).keys()
@@ -110,7 +111,7 @@ def test_planning_changes_nothing() -> None:
 def test_a_model_on_the_meta_device_is_planned() -> None:
     with torch.device("meta"):
         model, x = MLP(8, 4096), torch.empty(1024, 4096)
-    plan = fxckpt.plan(model, 0.8, example_inputs=(x,))
+    plan = api.plan(model, 0.8, example_inputs=(x,))
     assert plan.predicted.peak_bytes <= plan.budget_bytes < plan.baseline.peak_bytes
     assert plan.predicted.recompute_us > 0
 
@@ -447,7 +448,7 @@ def test_an_exception_during_capture_leaves_the_model_as_it_was(error: BaseExcep
 
 @pytest.mark.parametrize("budget", ["1GB", "1GiB", 10**9, 1.0])
 def test_forms_of_a_budget(budget: Any) -> None:
-    plan = fxckpt.plan(net(), budget, example_inputs=(X,))
+    plan = api.plan(net(), budget, example_inputs=(X,))
     expected = {"1GB": 10**9, "1GiB": 2**30, 10**9: 10**9, 1.0: plan.baseline.peak_bytes}[budget]
     assert plan.budget_bytes == expected
 
@@ -457,32 +458,32 @@ def test_forms_of_a_budget(budget: Any) -> None:
 )
 def test_what_is_no_budget(budget: Any) -> None:
     with pytest.raises(BudgetError):
-        fxckpt.plan(net(), budget, example_inputs=(X,))
+        api.plan(net(), budget, example_inputs=(X,))
     with pytest.raises(BudgetError):
         fxckpt.optimize(net(), budget)(X)
 
 
 def test_a_fraction_is_of_the_plain_peak() -> None:
     model, args, _ = case("gpt").build()
-    plan = fxckpt.plan(model, 0.8, example_inputs=args)
+    plan = api.plan(model, 0.8, example_inputs=args)
     assert plan.budget_bytes == pytest.approx(0.8 * plan.baseline.peak_bytes, abs=1)
 
 
 def test_a_reserve_counts_and_so_does_the_state_of_an_optimizer() -> None:
     model = net()
-    peak_bytes = fxckpt.plan(model, "1GB", example_inputs=(X,)).predicted.peak_bytes
-    reserved = fxckpt.plan(model, "1GB", example_inputs=(X,), reserve="1MB")
+    peak_bytes = api.plan(model, "1GB", example_inputs=(X,)).predicted.peak_bytes
+    reserved = api.plan(model, "1GB", example_inputs=(X,), reserve="1MB")
     assert reserved.predicted.peak_bytes == peak_bytes + 10**6
     parameter_bytes = sum(p.nbytes for p in model.parameters())
     adam = torch.optim.AdamW(model.parameters())
-    with_adam = fxckpt.plan(model, "1GB", example_inputs=(X,), optimizer=adam).predicted.peak_bytes - peak_bytes
+    with_adam = api.plan(model, "1GB", example_inputs=(X,), optimizer=adam).predicted.peak_bytes - peak_bytes
     assert 2 * parameter_bytes <= with_adam <= 2 * parameter_bytes + 64 * len(list(model.parameters()))
     run_step(model, (X,), {}, project)
     adam.step()
-    started = fxckpt.plan(model, "1GB", example_inputs=(X,), optimizer=adam, gradients="fresh")
+    started = api.plan(model, "1GB", example_inputs=(X,), optimizer=adam, gradients="fresh")
     assert started.predicted.peak_bytes - peak_bytes == with_adam
     sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert fxckpt.plan(model, "1GB", example_inputs=(X,), optimizer=sgd, gradients="fresh").predicted.peak_bytes == (
+    assert api.plan(model, "1GB", example_inputs=(X,), optimizer=sgd, gradients="fresh").predicted.peak_bytes == (
         peak_bytes
     )
 
@@ -490,10 +491,10 @@ def test_a_reserve_counts_and_so_does_the_state_of_an_optimizer() -> None:
 def test_gradients_that_are_allocated_count() -> None:
     model = net()
     parameter_bytes = sum(p.nbytes for p in model.parameters())
-    fresh = fxckpt.plan(model, "1GB", example_inputs=(X,), gradients="fresh")
-    assert fxckpt.plan(model, "1GB", example_inputs=(X,)) == fresh
+    fresh = api.plan(model, "1GB", example_inputs=(X,), gradients="fresh")
+    assert api.plan(model, "1GB", example_inputs=(X,)) == fresh
     run_step(model, (X,), {}, project)
-    allocated = fxckpt.plan(model, "1GB", example_inputs=(X,))
+    allocated = api.plan(model, "1GB", example_inputs=(X,))
     assert allocated.graph.gradients_allocated
     assert allocated.graph.allocated_gradient_bytes == parameter_bytes
 
@@ -503,14 +504,14 @@ def test_a_solver_of_ones_own() -> None:
         assert budget_bytes == 10**9
         return plain(graph)
 
-    plan = fxckpt.plan(net(), "1GB", example_inputs=(X,), solver=mine)
+    plan = api.plan(net(), "1GB", example_inputs=(X,), solver=mine)
     assert plan.solver == "mine"
     assert plan.schedule.repeats() == {}
 
 
 def test_a_solver_that_returns_nonsense() -> None:
     with pytest.raises(SolverError, match="wrong"):
-        fxckpt.plan(net(), "1GB", example_inputs=(X,), solver=wrong)
+        api.plan(net(), "1GB", example_inputs=(X,), solver=wrong)
 
 
 def wrong(graph: Graph, budget_bytes: int) -> Schedule:
@@ -525,14 +526,14 @@ def test_a_solver_that_there_is_not() -> None:
 def test_a_plan_can_be_saved_and_applied() -> None:
     model, args, kwargs = case("gpt").build()
     expected = plain_step(model, args, kwargs, project)
-    plan = fxckpt.plan(model, 0.8, example_inputs=args)
+    plan = api.plan(model, 0.8, example_inputs=args)
     plan = fxckpt.Plan.from_json(plan.to_json())
     optimized = fxckpt.optimize(model, plan=plan, example_inputs=args)
     assert_same_step(run_step(optimized, args, kwargs, project), expected)
 
 
 def test_a_plan_for_another_graph() -> None:
-    plan = fxckpt.plan(net(), "1GB", example_inputs=(X,))
+    plan = api.plan(net(), "1GB", example_inputs=(X,))
     with pytest.raises(PlanMismatchError, match=plan.fingerprint):
         fxckpt.optimize(MLP(2, 32), plan=plan, example_inputs=(X,))
     with pytest.raises(PlanMismatchError):

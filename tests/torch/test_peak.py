@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import fxckpt
+from fxckpt import api
 from fxckpt.errors import InfeasibleBudgetError
+from fxckpt.optimized import planner_of
 from fxckpt.plan import Plan
 from tests.models import CASES, FULL, Case, case
 from tests.training import allocate_gradients, clear_gradients, measured_peak_bytes
@@ -24,33 +27,53 @@ SLACK_BYTES = 8192
 
 
 def make_plan(subject: Case, budget: Any, **options: Any) -> Plan:
+    """A plan for the budget or, if that can't be reached, for the floor; nothing is run."""
     model, args, kwargs = subject.build()
     try:
-        return fxckpt.plan(model, budget, example_inputs=args, example_kwargs=kwargs, **options)
+        return api.plan(model, budget, example_inputs=args, example_kwargs=kwargs, **options)
     except InfeasibleBudgetError as error:
         floor_bytes = error.floor_bytes
-    return fxckpt.plan(model, floor_bytes, example_inputs=args, example_kwargs=kwargs, **options)
+    return api.plan(model, floor_bytes, example_inputs=args, example_kwargs=kwargs, **options)
 
 
-def measure_plan(subject: Case, plan: Plan | None, *, gradients: str) -> int:
-    """Peak of a warm step above what is there before it [B]; of the plain model without a plan."""
-    model, args, kwargs = subject.build()
-    if plan is not None:
-        model = fxckpt.optimize(model, plan.budget_bytes, example_inputs=args, example_kwargs=kwargs, plan=plan)
-    for _ in range(2):
-        subject.loss(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+def prepare(model: nn.Module, gradients: str) -> None:
     clear_gradients(model)
     if gradients == "allocated":
         allocate_gradients(model)
-    gc.collect()
-    return measured_peak_bytes(model, subject, args, kwargs)
+
+
+def optimize(subject: Case, budget: Any, gradients: str, **options: Any) -> tuple[nn.Module, Plan]:
+    """The optimized model for the budget or, if that can't be reached, for the floor; and its plan."""
+    model, args, kwargs = subject.build()
+    prepare(model, gradients)
+    options = {"example_inputs": args, "example_kwargs": kwargs, "cost_model": "reference", **options}
+    try:
+        optimized = fxckpt.optimize(model, budget, **options)
+    except InfeasibleBudgetError as error:
+        budget = error.floor_bytes
+        optimized = fxckpt.optimize(model, budget, **options)
+    planner = planner_of(optimized)
+    assert planner is not None
+    assert planner.latest is not None
+    return optimized, planner.latest
+
+
+def measure_warm(model: nn.Module, subject: Case, gradients: str) -> int:
+    """Peak of the second step above what is there before it [B]."""
+    _, args, kwargs = subject.build()
+    for _ in range(2):
+        prepare(model, gradients)
+        gc.collect()
+        peak_bytes = measured_peak_bytes(model, subject, args, kwargs)
+    return peak_bytes
 
 
 def check_peak(subject: Case, budget: Any, gradients: str, **options: Any) -> None:
-    plan = make_plan(subject, budget, gradients=gradients, **options)
+    model, plan = optimize(subject, budget, gradients, **options)
+    assert plan.graph.gradients_allocated == (gradients == "allocated")
     assert plan.predicted.peak_bytes <= plan.budget_bytes
     simulated_bytes = plan.predicted.peak_bytes - plan.graph.static_bytes
-    measured_bytes = measure_plan(subject, plan, gradients=gradients)
+    measured_bytes = measure_warm(model, subject, gradients)
     assert measured_bytes == pytest.approx(simulated_bytes, rel=TOLERANCE, abs=SLACK_BYTES)
 
 
@@ -134,19 +157,20 @@ def test_gpt12_is_planned_in_three_seconds() -> None:
 @pytest.mark.slow
 def test_resnet50_with_allocated_gradients_takes_no_more_than_eager() -> None:
     subject = case("resnet50")
-    plan = make_plan(subject, "1TB", solver="save_all", gradients="allocated")
-    eager_bytes = measure_plan(subject, None, gradients="allocated")
+    eager_bytes = measure_warm(subject.build()[0], subject, "allocated")
     assert eager_bytes == pytest.approx(144e6, rel=0.05)
-    assert measure_plan(subject, plan, gradients="allocated") <= eager_bytes
+    assert (
+        measure_warm(optimize(subject, "1TB", "allocated", solver="save_all")[0], subject, "allocated") <= eager_bytes
+    )
 
 
 @pytest.mark.parametrize("name", ["resnet", "gpt", "mlp"])
 @pytest.mark.parametrize("gradients", ["fresh", "allocated"])
 def test_saving_everything_takes_no_more_than_eager(name: str, gradients: str) -> None:
     subject = case(name)
-    plan = make_plan(subject, "1TB", solver="save_all", gradients=gradients)
-    eager_bytes = measure_plan(subject, None, gradients=gradients)
-    assert measure_plan(subject, plan, gradients=gradients) <= 1.01 * eager_bytes
+    eager_bytes = measure_warm(subject.build()[0], subject, gradients)
+    model, _ = optimize(subject, "1TB", gradients, solver="save_all")
+    assert measure_warm(model, subject, gradients) <= 1.01 * eager_bytes
 
 
 @pytest.mark.slow
@@ -167,7 +191,7 @@ def test_a_llama_of_eight_billion_parameters_is_planned_on_the_meta_device() -> 
         model = LlamaForCausalLM(config).bfloat16()
         ids = torch.zeros(1, 2048, dtype=torch.long)
     start = time.perf_counter()
-    plan = fxckpt.plan(model, 0.8, example_kwargs={"input_ids": ids, "labels": ids})
+    plan = api.plan(model, 0.8, example_kwargs={"input_ids": ids, "labels": ids})
     assert time.perf_counter() - start < 60
     assert plan.predicted.peak_bytes <= plan.budget_bytes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 4 * 2**30
@@ -175,9 +199,8 @@ def test_a_llama_of_eight_billion_parameters_is_planned_on_the_meta_device() -> 
 
 def test_measure_agrees_with_the_profiler() -> None:
     subject = case("gpt")
-    plan = make_plan(subject, 0.75)
-    model, args, kwargs = subject.build()
-    model = fxckpt.optimize(model, plan.budget_bytes, example_inputs=args, example_kwargs=kwargs, plan=plan)
+    model, plan = optimize(subject, 0.75, "fresh")
+    _, args, kwargs = subject.build()
     measurement = fxckpt.measure(model, *args, **kwargs)
     assert measurement.peak_bytes == pytest.approx(plan.predicted.peak_bytes, rel=TOLERANCE, abs=SLACK_BYTES)
     assert measurement.step_us > 0
