@@ -44,7 +44,7 @@ class Size:
     steps: int = 30
 
 
-TINY = Size(layers=2, width=64, heads=2, length=64, batch=4, steps=4)
+TINY = Size(layers=3, width=64, heads=2, length=64, batch=16, steps=4)
 
 
 class Block(nn.Module):
