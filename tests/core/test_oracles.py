@@ -14,6 +14,7 @@ from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, check, plain
 from fxckpt.simulate import simulate
 from fxckpt.solvers.exhaustive import exhaustive
+from fxckpt.solvers.milp import milp
 from fxckpt.solvers.polish import polish
 from tests.strategies import chain, graphs
 
@@ -68,6 +69,33 @@ def test_polish_stays_behind_exhaustive(graph: Graph, ratio: float) -> None:
     if polished.peak_bytes <= budget_bytes:
         assert optimum.peak_bytes <= budget_bytes
         assert optimum.step_us <= polished.step_us
+
+
+@settings(max_examples=100, deadline=None)
+@given(graphs(most_forward=4, most_backward=4), st.floats(0.2, 1))
+def test_milp_is_never_better_than_exhaustive_and_always_fits(graph: Graph, ratio: float) -> None:
+    plain_bytes = simulate(graph, plain(graph)).peak_bytes
+    budget_bytes = int(graph.static_bytes + ratio * (plain_bytes - graph.static_bytes))
+    optimum = simulate(graph, exhaustive(graph, budget_bytes, reorder=False))
+    found = simulate(graph, milp(graph, budget_bytes))
+    if found.peak_bytes <= budget_bytes:
+        assert optimum.peak_bytes <= budget_bytes
+        assert optimum.step_us <= found.step_us
+    else:
+        assert optimum.peak_bytes <= found.peak_bytes <= plain_bytes
+
+
+@pytest.mark.parametrize("allocated", [False, True])
+@pytest.mark.parametrize("sizes_bytes", [(10, 20, 40), (7, 7, 7, 7), (9, 1, 9, 1), (3, 14, 15, 9, 2)])
+def test_milp_finds_the_optimum_of_chains(sizes_bytes: tuple[int, ...], allocated: bool) -> None:
+    graph = chain(sizes_bytes).with_gradients(allocated)
+    plain_bytes = simulate(graph, plain(graph)).peak_bytes
+    lowest_bytes = simulate(graph, exhaustive(graph, 0)).peak_bytes
+    assert lowest_bytes < plain_bytes
+    for budget_bytes in range(lowest_bytes - 1, plain_bytes + 1, 7):
+        optimum, found = (simulate(graph, solver(graph, budget_bytes)) for solver in (exhaustive, milp))
+        assert found.step_us == optimum.step_us or budget_bytes < lowest_bytes
+        assert found.peak_bytes <= max(budget_bytes, lowest_bytes)
 
 
 def test_exhaustive_without_room_gives_the_lowest_peak() -> None:
