@@ -19,14 +19,20 @@ def schedule_keeping(graph: Graph, kept: Collection[int]) -> Schedule:
 
     Outputs are kept in any case, since they stay alive, and so is what ops write that must not be repeated.
     """
-    order = list(range(graph.forward_count))
     live = {*kept, *graph.outputs, *pinned_storages(graph)}
-    for backward in range(graph.forward_count, len(graph.ops)):
-        again = closure(graph, graph.ops[backward].reads, live)
-        order += again
-        order.append(backward)
-        live.update(s for op in again for s in graph.ops[op].writes)
-    return Schedule(tuple(order), graph.forward_count)
+    backward = recomputing(graph, range(graph.forward_count, len(graph.ops)), live)
+    return Schedule((*range(graph.forward_count), *backward), graph.forward_count)
+
+
+def recomputing(graph: Graph, backward: Iterable[int], live: Collection[int]) -> list[int]:
+    """Backward ops, each after the forward ops that must run again for it when the storages `live` are there."""
+    there = set(live)
+    order: list[int] = []
+    for index in backward:
+        again = closure(graph, graph.ops[index].reads, there)
+        there.update(s for op in again for s in graph.ops[op].writes)
+        order += [*again, index]
+    return order
 
 
 def closure(graph: Graph, needed: Iterable[int], live: Collection[int]) -> list[int]:
@@ -48,16 +54,21 @@ def pinned_storages(graph: Graph) -> frozenset[int]:
 
 
 def cheapest_fitting(graph: Graph, schedules: Iterable[Schedule], budget_bytes: int) -> Schedule:
-    """Of several schedules the fastest whose peak is within the budget, or the one of lowest peak if none is.
+    """Of several schedules the one that `fastest_fitting` takes."""
+    return fastest_fitting((simulate(graph, schedule) for schedule in schedules), budget_bytes).schedule
 
-    Ties go to the lower peak, then to the earlier schedule.
+
+def fastest_fitting(timelines: Iterable[Timeline], budget_bytes: int) -> Timeline:
+    """The fastest of those whose peak is within the budget, or the one of lowest peak if there is none.
+
+    Ties go to the lower peak, then to the earlier one.
 
     Raises:
-        ValueError: there are no schedules.
+        ValueError: there are no timelines.
     """
 
     def rank(timeline: Timeline) -> tuple[int, float, float]:
         peak_bytes, step_us = timeline.peak_bytes, timeline.step_us
         return (0, step_us, peak_bytes) if peak_bytes <= budget_bytes else (1, peak_bytes, step_us)
 
-    return min((simulate(graph, schedule) for schedule in schedules), key=rank).schedule
+    return min(timelines, key=rank)

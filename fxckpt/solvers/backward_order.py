@@ -1,0 +1,58 @@
+"""A better order for backward: gradients of weights where they hold least memory.
+
+An op of backward whose results nothing else reads may run at any time after its inputs are there. Run it at once, and
+the activations that it alone still needs are freed before the next gradients are made. But where its result is larger
+than all that it reads, and stays (gradients are fresh), it should run as late as possible.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fxckpt.graph import RESIDENT, Graph
+from fxckpt.schedule import Schedule
+
+
+def reordered(graph: Graph) -> tuple[Graph, tuple[int, ...]]:
+    """The graph with its backward ops in a better order, and for each of its ops the index in `graph`."""
+    order = (*range(graph.forward_count), *_order(graph))
+    return replace(graph, ops=tuple(graph.ops[i] for i in order)), order
+
+
+def restored(schedule: Schedule, order: tuple[int, ...]) -> Schedule:
+    """A schedule of the reordered graph as one of the original graph."""
+    return replace(schedule, order=tuple(order[i] for i in schedule.order))
+
+
+def _order(graph: Graph) -> list[int]:
+    """Indices of the backward ops: those that others depend on as they stand, the rest behind what they wait for."""
+    backward = range(graph.forward_count, len(graph.ops))
+    read = {s for i in backward for s in graph.ops[i].reads}
+    behind: dict[int, list[int]] = {}
+    last: list[int] = []
+    stem: list[int] = []
+    for index in backward:
+        op = graph.ops[index]
+        if op.ordered or any(s in read for s in op.writes):
+            stem.append(index)
+        elif _grows(graph, index):
+            last.append(index)
+        else:
+            after = max((graph.producer[s] for s in op.reads if graph.producer[s] >= graph.forward_count), default=-1)
+            behind.setdefault(after, []).append(index)
+    order = sorted(behind.get(-1, ()), key=lambda i: _growth_bytes(graph, i))
+    for index in stem:
+        order += [index, *sorted(behind.get(index, ()), key=lambda i: _growth_bytes(graph, i))]
+    return order + sorted(last, key=lambda i: _growth_bytes(graph, i))
+
+
+def _grows(graph: Graph, index: int) -> bool:
+    return not graph.gradients_allocated and _growth_bytes(graph, index) > 0
+
+
+def _growth_bytes(graph: Graph, index: int) -> int:
+    """Bytes that stay when the op has run, less those it needs until then, parameters and inputs aside [B]."""
+    op = graph.ops[index]
+    reads = (graph.storages[s] for s in op.reads)
+    needed_bytes = sum(s.size_bytes for s in reads if s.kind not in RESIDENT)
+    return sum(graph.storages[s].size_bytes for s in op.writes) - needed_bytes

@@ -1,0 +1,196 @@
+"""One or several neighbouring segments taken as one: their part of the step, and what it can cost.
+
+A block's part of the step is a `Graph` of its own, so `simulate` says what each choice of kept storages costs in
+memory. Equal parts (same ops on the same shapes, wired alike) are solved once. What the chain counts elsewhere weighs
+nothing in them: the block's inputs, pinned storages and outputs of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from fxckpt.graph import Graph, Op, Storage, StorageKind
+from fxckpt.schedule import Schedule
+from fxckpt.simulate import Timeline, simulate
+from fxckpt.solvers.keep import closure, recomputing
+from fxckpt.solvers.mincut import KeepProblem
+from fxckpt.solvers.segments import Segments, backward_lives
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of what a block keeps from its forward to its backward, and what that costs.
+
+    Attributes:
+        kept: the storages, numbered within the block.
+        kept_bytes: bytes held between forward and backward, the boundary behind the block included [B].
+        forward_peak_bytes, backward_peak_bytes: most bytes of the block's own at any step of its forward and of its
+            backward, gradients that flow in and out and its parameters' gradients included [B].
+        first_us: time of what backward repeats [µs].
+        again_us: the same, and the time to run forward once more [µs].
+    """
+
+    kept: frozenset[int]
+    kept_bytes: int
+    forward_peak_bytes: int
+    backward_peak_bytes: int
+    first_us: float
+    again_us: float
+
+    def dominates(self, other: Choice) -> bool:
+        """Whether it is nowhere worse."""
+        return (
+            self.kept_bytes <= other.kept_bytes
+            and self.forward_peak_bytes <= other.forward_peak_bytes
+            and self.backward_peak_bytes <= other.backward_peak_bytes
+            and self.first_us <= other.first_us
+            and self.again_us <= other.again_us
+        )
+
+
+@dataclass(frozen=True)
+class Block:
+    """The part of a step that belongs to some neighbouring segments.
+
+    Attributes:
+        part: forward ops, then backward ops between two that stand for the rest of the step: the first reads
+            `behind`, the last reads what flows on to earlier segments and what stays.
+        numbers: for each storage of `part` its number in the whole graph.
+        behind: storages that cross the cut behind the block, numbered within it.
+        held: storages that its forward writes and that are kept whatever is chosen: pinned ones and outputs.
+        held_bytes: what they take [B].
+        inflow_bytes: gradients that flow in from behind [B].
+        gradient_bytes: gradients of parameters and inputs that stay once they are written [B].
+    """
+
+    part: Graph
+    numbers: tuple[int, ...]
+    behind: tuple[int, ...]
+    held: frozenset[int]
+    held_bytes: int
+    inflow_bytes: int
+    gradient_bytes: int
+
+    @cached_property
+    def key(self) -> tuple[object, ...]:
+        """Equal for blocks that are alike."""
+        ops = tuple((op.signature or op.target, op.reads, op.writes, op.time_us, op.pinned) for op in self.part.ops)
+        sizes = tuple((s.size_bytes, s.kind) for s in self.part.storages)
+        counts = (self.part.forward_count, self.held_bytes, self.inflow_bytes, self.gradient_bytes)
+        return (ops, sizes, self.behind, self.held, counts)
+
+    @cached_property
+    def _again(self) -> Graph:
+        """The part when its forward has run before: what is held is there."""
+        storages = [replace(s, kind="input") if i in self.held else s for i, s in enumerate(self.part.storages)]
+        return replace(self.part, storages=tuple(storages))
+
+    def forward_only(self) -> tuple[float, int]:
+        """Time [µs] and peak [B] of making `behind` from the block's inputs once more, nothing else kept."""
+        ops = closure(self.part, self.behind, self.held)
+        timeline = simulate(self._again, Schedule((*ops, self.part.forward_count), len(ops)))
+        return self._time_us(ops), _peak(timeline, 0, len(ops))
+
+    def backward_only(self) -> tuple[float, int]:
+        """Time [µs] and peak [B] of what backward repeats if only the block's inputs are there when it starts."""
+        backward = range(self.part.forward_count + 1, len(self.part.ops))
+        order = recomputing(self.part, backward, self.held)
+        timeline = simulate(self._again, Schedule(tuple(order), 0))
+        return self._time_us(order) - self._time_us(backward), timeline.peak_bytes
+
+    def choices(self, most: int) -> tuple[Choice, ...]:
+        """About `most` choices worth considering, none of them dominated by another."""
+        kept = KeepProblem(self.part, {*self.behind, *self.held}).hull(most)
+        found: list[Choice] = []
+        for choice in map(self.evaluate, kept):
+            if not any(other.dominates(choice) for other in found):
+                found = [other for other in found if not choice.dominates(other)]
+                found.append(choice)
+        return tuple(found)
+
+    def evaluate(self, kept: frozenset[int]) -> Choice:
+        """What it costs to keep `kept`."""
+        count = self.part.forward_count
+        live = {*kept, *self.behind, *self.held}
+        order = (*range(count), *recomputing(self.part, range(count, len(self.part.ops)), live))
+        timeline = simulate(self.part, Schedule(order, count))
+        return Choice(
+            kept=kept,
+            kept_bytes=timeline.saved_bytes,
+            forward_peak_bytes=_peak(timeline, 0, count),
+            backward_peak_bytes=_peak(timeline, count, len(order)),
+            first_us=timeline.recompute_us,
+            again_us=timeline.recompute_us + self._time_us(closure(self.part, live, self.held)),
+        )
+
+    def _time_us(self, ops: Iterable[int]) -> float:
+        return sum(self.part.ops[i].time_us for i in ops)
+
+
+def _peak(timeline: Timeline, start: int, end: int) -> int:
+    return int(timeline.live_bytes[start:end].max(initial=0))
+
+
+class Blocks:
+    """Makes the blocks of a cutting."""
+
+    def __init__(self, graph: Graph, segments: Segments) -> None:
+        self.graph = graph
+        self.segments = segments
+        self._lives = backward_lives(graph)
+        self._staying = frozenset() if graph.gradients_allocated else frozenset(graph.gradients)
+        self._held = segments.pinned | frozenset(graph.outputs)
+
+    def flow(self, index: int) -> tuple[int, ...]:
+        """Storages that flow through backward cut `index`."""
+        position = self.segments.backward_cuts[index]
+        return tuple(s for s, (born, dies) in self._lives.items() if born < position <= dies)
+
+    def block(self, first: int, last: int) -> Block:
+        """The block of segments `first` to `last`, both included."""
+        cuts, back = self.segments.forward_cuts, self.segments.backward_cuts
+        forward = self.graph.ops[cuts[first] : cuts[last + 1]]
+        backward = self.graph.ops[back[last + 1] : back[first]]
+        behind, inflow, outflow = self.segments.boundaries[last + 1], self.flow(last + 1), self.flow(first)
+        gradients = [s for op in backward for s in op.writes if s in self._staying]
+        made = {s for op in forward for s in op.writes}
+        held = [s for op in forward for s in op.writes if s in self._held]
+
+        mentioned = [s for op in (*forward, *backward) for s in (*op.reads, *op.writes)]
+        numbers = {s: i for i, s in enumerate(dict.fromkeys((*mentioned, *behind, *inflow, *outflow)))}
+        kinds: dict[int, StorageKind] = dict.fromkeys(made, "activation")
+        kinds |= dict.fromkeys(inflow, "tangent")
+        kinds |= {s: "backward" for op in backward for s in op.writes}
+        before = Op("behind", "behind", tuple(numbers[s] for s in behind), ())
+        after = Op("after", "after", tuple(numbers[s] for s in dict.fromkeys((*outflow, *gradients))), ())
+        part = Graph(
+            ops=(*_moved(forward, numbers), before, *_moved(backward, numbers), after),
+            storages=tuple(self._part_storage(s, kinds.get(s, "input")) for s in numbers),
+            forward_count=len(forward),
+        )
+        return Block(
+            part=part,
+            numbers=tuple(numbers),
+            behind=before.reads,
+            held=frozenset(numbers[s] for s in held),
+            held_bytes=self._bytes(s for s in held if s not in self.graph.outputs),
+            inflow_bytes=self._bytes(inflow),
+            gradient_bytes=self._bytes(gradients),
+        )
+
+    def _bytes(self, storages: Iterable[int]) -> int:
+        return sum(self.graph.storages[s].size_bytes for s in storages)
+
+    def _part_storage(self, storage: int, kind: StorageKind) -> Storage:
+        """A storage as it counts in a part: what comes from before the block and what is held weighs nothing."""
+        weightless = kind == "input" or storage in self._held
+        return Storage("", 0 if weightless else self.graph.storages[storage].size_bytes, kind)
+
+
+def _moved(ops: tuple[Op, ...], numbers: dict[int, int]) -> list[Op]:
+    return [
+        replace(op, reads=tuple(numbers[s] for s in op.reads), writes=tuple(numbers[s] for s in op.writes), replay=())
+        for op in ops
+    ]

@@ -1,0 +1,126 @@
+"""All the schedules that one cutting of the step offers, from the lowest peak to the plain step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fxckpt.graph import Graph
+from fxckpt.simulate import Timeline, simulate
+from fxckpt.solvers.blocks import Block, Blocks
+from fxckpt.solvers.chain import BlockCost, Chain, Link
+from fxckpt.solvers.emit import emit
+from fxckpt.solvers.segments import Segments
+
+Prices = dict[object, BlockCost]
+"""What blocks cost, by `Block.key`."""
+
+_MARGIN = 1.03  # how much the table's peaks may be above the simulated ones
+
+
+@dataclass(frozen=True)
+class Fineness:
+    """How finely to look.
+
+    Attributes:
+        merged: most segments a block.
+        choices: about how many choices a block.
+        slots: into how many steps memory is divided.
+    """
+
+    merged: int
+    choices: int
+    slots: int
+
+
+class Curve:
+    """The schedules of one cutting.
+
+    Args:
+        graph: the training step.
+        segments: the cutting.
+        most_bytes: largest peak of interest [B].
+        fineness: how finely to look.
+        prices: blocks that are known already; blocks priced here are added.
+    """
+
+    def __init__(
+        self, graph: Graph, segments: Segments, most_bytes: int, *, fineness: Fineness, prices: Prices
+    ) -> None:
+        self.graph = graph
+        self.segments = segments
+        count = len(segments)
+        blocks = Blocks(graph, segments)
+        self._blocks = {
+            (first, last): blocks.block(first, last)
+            for first in range(count)
+            for last in range(first, min(count, first + fineness.merged))
+        }
+        for block in self._blocks.values():
+            if block.key not in prices:
+                prices[block.key] = BlockCost(block.choices(fineness.choices), *block.backward_only())
+        singles = [self._blocks[i, i] for i in range(count)]
+        held_bytes = sum(block.held_bytes for block in singles)
+        self._base_bytes = graph.static_bytes + _bytes(graph, graph.outputs) + held_bytes
+        self._chain = Chain(
+            _links(graph, segments, singles),
+            {where: prices[block.key] for where, block in self._blocks.items()},
+            most_bytes=most_bytes - self._base_bytes,
+            slots=fineness.slots,
+        )
+        self._timelines: dict[int, Timeline] = {}
+
+    def timelines(self) -> list[Timeline]:
+        """Every schedule, simulated; from low peak to high."""
+        return [self._timeline(slot) for slot in self._chain.points()]
+
+    def fastest(self, budget_bytes: int) -> Timeline | None:
+        """The fastest schedule that fits, None if none does.
+
+        The table's peaks are within some percent of the simulated ones, so only schedules that it takes for a little
+        more than the budget or less are tried, the fastest first.
+        """
+        most = (budget_bytes - self._base_bytes) * _MARGIN / self._chain.slot_bytes
+        for slot in reversed(self._chain.points()):
+            if slot <= most and self._timeline(slot).peak_bytes <= budget_bytes:
+                return self._timeline(slot)
+        return None
+
+    def lowest(self) -> Timeline | None:
+        """The schedule of lowest peak; None if there is none at all."""
+        points = self._chain.points()
+        timelines = [self._timeline(slot) for slot in points if slot <= points[0] * _MARGIN]
+        return min(timelines, key=lambda t: (t.peak_bytes, t.step_us), default=None)
+
+    def _timeline(self, slot: int) -> Timeline:
+        if slot not in self._timelines:
+            schedule = emit(self.graph, self.segments, self._blocks, self._chain.steps(slot))
+            self._timelines[slot] = simulate(self.graph, schedule)
+        return self._timelines[slot]
+
+
+def _links(graph: Graph, segments: Segments, singles: list[Block]) -> tuple[Link, ...]:
+    """The segments as the chain sees them."""
+    links: list[Link] = []
+    kinds: dict[object, int] = {}
+    forward: dict[object, tuple[float, int]] = {}
+    for boundary, block in zip(segments.boundaries, singles, strict=False):
+        if block.key not in kinds:
+            kinds[block.key] = len(kinds)
+            forward[block.key] = block.forward_only()
+        time_us, peak_bytes = forward[block.key]
+        links.append(
+            Link(
+                kind=kinds[block.key],
+                boundary_bytes=_bytes(graph, boundary),
+                inflow_bytes=block.inflow_bytes,
+                weight_bytes=block.gradient_bytes - block.held_bytes,
+                forward_us=time_us,
+                forward_peak_bytes=peak_bytes,
+            )
+        )
+    return tuple(links)
+
+
+def _bytes(graph: Graph, storages: Iterable[int]) -> int:
+    return sum(graph.storages[s].size_bytes for s in storages)

@@ -1,0 +1,156 @@
+"""What to keep at a price per byte: a project-selection problem, solved exactly as a minimum cut.
+
+One node for each forward op (1: it is repeated) and one for each storage it writes (1: backward needs it, or a repeated
+op does). At price λ [µs/B] of keeping a byte, the cut of least capacity with these arcs is the cheapest choice:
+
+    source → storage      ∞           backward reads it
+    storage → its op      λ · bytes   needed and its op not repeated: it is kept
+    op → what it reads    ∞           a repeated op needs its inputs
+    op → sink             time        the op is repeated
+
+Picard, "Maximal closure of a graph and applications to combinatorial problems" (1976); on rematerialization as a cut:
+He and Yu, "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware" (2023). The flow is found by
+Dinic's algorithm; all breakpoints of λ on the lower hull by the recursion of Eisner and Severance (1976).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection
+
+from fxckpt.graph import Graph
+from fxckpt.solvers.keep import closure
+
+_SOURCE, _SINK = 0, 1
+
+
+class Network:
+    """A flow network with residual capacities. Nodes 0 and 1 are source and sink."""
+
+    def __init__(self) -> None:
+        self.heads: list[int] = []
+        self.capacity: list[float] = []
+        self.arcs: list[list[int]] = [[], []]
+
+    def node(self) -> int:
+        """Add a node."""
+        self.arcs.append([])
+        return len(self.arcs) - 1
+
+    def arc(self, tail: int, head: int, capacity: float) -> None:
+        """Add an arc; its reverse is the next one."""
+        self.arcs[tail].append(len(self.heads))
+        self.arcs[head].append(len(self.heads) + 1)
+        self.heads += [head, tail]
+        self.capacity += [capacity, 0.0]
+
+    def source_side(self) -> list[bool]:
+        """Find a maximum flow; for each node whether it can still be reached from the source: a minimum cut."""
+        while (level := self._levels())[_SINK] >= 0:
+            following = [0] * len(self.arcs)
+            while self._augment(level, following):
+                pass
+        return [depth >= 0 for depth in level]
+
+    def _levels(self) -> list[int]:
+        level = [-1] * len(self.arcs)
+        level[_SOURCE] = 0
+        queue = deque([_SOURCE])
+        while queue:
+            node = queue.popleft()
+            for arc in self.arcs[node]:
+                head = self.heads[arc]
+                if level[head] < 0 and self.capacity[arc] > 1e-9:
+                    level[head] = level[node] + 1
+                    queue.append(head)
+        return level
+
+    def _augment(self, level: list[int], following: list[int]) -> bool:
+        """Push flow along one shortest path, if there is one left."""
+        path: list[int] = []
+        node = _SOURCE
+        while node != _SINK:
+            arcs = self.arcs[node]
+            while following[node] < len(arcs):
+                arc = arcs[following[node]]
+                if self.capacity[arc] > 1e-9 and level[self.heads[arc]] == level[node] + 1:
+                    break
+                following[node] += 1
+            else:
+                if not path:
+                    return False
+                node = self.heads[path.pop() ^ 1]
+                following[node] += 1
+                continue
+            path.append(arc)
+            node = self.heads[arc]
+        flow = min(self.capacity[arc] for arc in path)
+        for arc in path:
+            self.capacity[arc] -= flow
+            self.capacity[arc ^ 1] += flow
+        return True
+
+
+class KeepProblem:
+    """Which forward storages of a graph to keep.
+
+    Args:
+        graph: the step, or a part of it.
+        free: storages that are there anyway.
+    """
+
+    def __init__(self, graph: Graph, free: Collection[int]) -> None:
+        self.graph = graph
+        self.free = free
+        self.read_back = {s for op in graph.ops[graph.forward_count :] for s in op.reads if self._costs(s)}
+        self.ops = closure(graph, self.read_back, free)
+        self.storages = sorted(self.read_back | {s for op in self.ops for s in graph.ops[op].reads if self._costs(s)})
+
+    def _costs(self, storage: int) -> bool:
+        return 0 <= self.graph.producer[storage] < self.graph.forward_count and storage not in self.free
+
+    def keep_at(self, price: float) -> frozenset[int]:
+        """The storages to keep at a price per byte [µs/B]."""
+        network = Network()
+        op_node = {op: network.node() for op in self.ops}
+        storage_node = {storage: network.node() for storage in self.storages}
+        for storage, node in storage_node.items():
+            network.arc(node, op_node[self.graph.producer[storage]], price * self.graph.storages[storage].size_bytes)
+            if storage in self.read_back:
+                network.arc(_SOURCE, node, float("inf"))
+        for op, node in op_node.items():
+            network.arc(node, _SINK, self.graph.ops[op].time_us)
+            for storage in self.graph.ops[op].reads:
+                if storage in storage_node:
+                    network.arc(node, storage_node[storage], float("inf"))
+        needed = network.source_side()
+        return frozenset(
+            s for s, node in storage_node.items() if needed[node] and not needed[op_node[self.graph.producer[s]]]
+        )
+
+    def cost(self, kept: frozenset[int]) -> tuple[int, float]:
+        """Bytes kept [B] and time of what is repeated [µs]."""
+        again = closure(self.graph, self.read_back, {*kept, *self.free})
+        kept_bytes = sum(self.graph.storages[s].size_bytes for s in kept)
+        return kept_bytes, sum(self.graph.ops[op].time_us for op in again)
+
+    def hull(self, most: int) -> list[frozenset[int]]:
+        """The choices that are cheapest at some price, from keeping least to keeping most; at most about `most`."""
+        least, largest = frozenset[int](), frozenset(self.read_back)
+        found = {least: self.cost(least), largest: self.cost(largest)}
+        gaps = deque([(least, largest)])
+        while gaps and len(found) < most:
+            low, high = gaps.popleft()
+            more_bytes = found[high][0] - found[low][0]
+            saved_us = found[low][1] - found[high][1]
+            if more_bytes <= 0 or saved_us <= 0:
+                continue
+            price = saved_us / more_bytes
+            middle = self.keep_at(price)
+            if middle in found:
+                continue
+            found[middle] = self.cost(middle)
+            line = found[low][1] + price * found[low][0]
+            if found[middle][1] + price * found[middle][0] < line * (1 - 1e-9):
+                gaps += [(low, middle), (middle, high)]
+        return sorted(found, key=lambda kept: (found[kept], sorted(kept)))
