@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxckpt.api import measure, optimize, plan, print_plan
     from fxckpt.errors import CaptureError, FxckptError, InfeasibleBudgetError, PlanMismatchError
-    from fxckpt.plan import Plan
+    from fxckpt.plans import Plan
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ _HOMES = {
     "CaptureError": "errors",
     "FxckptError": "errors",
     "InfeasibleBudgetError": "errors",
-    "Plan": "plan",
+    "Plan": "plans",
     "PlanMismatchError": "errors",
     "measure": "api",
     "optimize": "api",

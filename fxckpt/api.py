@@ -13,7 +13,7 @@ from fxckpt.compile import COST_MODELS, Budget, Options, make_plan, profile_step
 from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.report.table import plan_text
 from fxckpt.signature import watch

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fxckpt.errors import BudgetError, FxckptError, PlanFormatError
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.report.table import plan_text
 
 _INPUTS = "a tuple of arguments, a dict of keyword arguments, or a pair (arguments, keyword arguments)"

@@ -12,7 +12,7 @@ from torch import nn
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.errors import BudgetError, PlanMismatchError
 from fxckpt.graph import Graph
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.profile import measure
 from fxckpt.profile.build import CostModel, OpCost, Profile, build, working_nodes
 from fxckpt.profile.estimate import DEVICES, DeviceProfile, estimate_us

@@ -20,7 +20,7 @@ from fxckpt.capture.roles import Input, InputKind
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.compile import Compiled, Options, annotate, make_plan, make_program, profile_step
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime import Program, Tangents, run_forward

@@ -144,7 +144,7 @@ def test_every_bare_except_and_print_is_gone() -> None:
             assert not is_print or part(module) in ("report", "cli", "demo", "api"), f"{module} prints"
 
 
-@pytest.mark.parametrize("first", ["fxckpt.plan", "fxckpt.api", "fxckpt.solvers", "fxckpt.cli"])
+@pytest.mark.parametrize("first", ["fxckpt.plans", "fxckpt.api", "fxckpt.solvers", "fxckpt.cli"])
 def test_public_functions_are_functions_whatever_was_imported_before(first: str) -> None:
     code = f"import {first}, fxckpt; assert all(callable(getattr(fxckpt, name)) for name in fxckpt.__all__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from fxckpt.graph import RESIDENT, Graph
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.units import format_bytes, format_us
 
 Action = Literal["keep", "recompute", "discard"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from fxckpt.graph import Graph
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.report.decisions import Action, Cause, Decision, decisions, reason
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from tabulate import tabulate
 
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.report import rows
 from fxckpt.simulate import PEAK_KINDS, Timeline, simulate
 from fxckpt.units import format_bytes, format_us

@@ -11,7 +11,7 @@ import pytest
 
 from fxckpt.cli import main
 from fxckpt.graph import Graph, Op, Storage
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.report.table import plan_text
 from fxckpt.schedule import Schedule
 

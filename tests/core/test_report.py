@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxckpt.graph import Graph, Op, Storage, StorageKind
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.report import rows
 from fxckpt.report.decisions import decisions
 from fxckpt.report.table import plan_text

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fxckpt.cli import main
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 
 SOURCE = """
 import torch

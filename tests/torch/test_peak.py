@@ -16,7 +16,7 @@ import fxckpt
 from fxckpt import api
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.optimized import planner_of
-from fxckpt.plan import Plan
+from fxckpt.plans import Plan
 from tests.models import CASES, FULL, Case, case
 from tests.training import allocate_gradients, clear_gradients, measured_peak_bytes
 

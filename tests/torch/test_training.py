@@ -360,6 +360,32 @@ def test_hooks_on_outputs() -> None:
     each(train)
 
 
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda y: project(y.T),
+    "channels last": lambda y: project(y.view(1, 3, 4, 4).permute(0, 3, 1, 2)),
+    "expanded": lambda y: y.sum() * 3,
+    "sliced": lambda y: project(y[:, :3]) + project(y[:, 2:]),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_gradients_arrive_in_any_layout(name: str) -> None:
+    def train(model: nn.Module) -> None:
+        left, right = model(batch(0))
+        (LAYOUTS[name](left) + LAYOUTS[name](torch.tanh(right))).backward()
+
+    each(train)
+
+
+def test_an_output_changed_in_place() -> None:
+    def train(model: nn.Module) -> None:
+        left, right = model(batch(0))
+        left.mul_(2)
+        both((left, right.add_(1))).backward()
+
+    each(train)
+
+
 def test_hooks_on_the_root_module() -> None:
     def train(model: nn.Module) -> None:
         calls: list[str] = []
