@@ -84,12 +84,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    _quieten_profiler()
     from fxckpt import demo
 
     return demo.run(steps=options.steps, tiny=options.tiny)
 
 
 def _plan(options: argparse.Namespace) -> int:
+    _quieten_profiler()
     from fxckpt import api
 
     budget = _budget(options.memory_budget)
@@ -108,6 +110,11 @@ def _plan(options: argparse.Namespace) -> int:
         _write(options.output, found.to_json())
         print(f"\nwritten to {options.output}")
     return 0
+
+
+def _quieten_profiler() -> None:
+    """Torch's profiler measures memory and announces on stderr that it starts; torch looks here when imported."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def _explain(options: argparse.Namespace) -> int:
