@@ -19,14 +19,17 @@ from fxckpt.simulate import Timeline, simulate
 from fxckpt.solvers.auto import auto
 from fxckpt.solvers.collection import collection
 from fxckpt.solvers.dp import dp
+from fxckpt.solvers.exhaustive import exhaustive
+from fxckpt.solvers.milp import milp
 from fxckpt.solvers.min_memory import min_memory
 from fxckpt.solvers.save_all import save_all
 from fxckpt.solvers.selective import selective
 from fxckpt.solvers.sqrt import sqrt
+from fxckpt.solvers.treeverse import treeverse
 from fxckpt.solvers.uniform import uniform
 from fxckpt.units import format_bytes
 
-__all__ = ["SOLVERS", "Solution", "Solver", "solve"]
+__all__ = ["ORACLES", "SOLVERS", "Solution", "Solver", "solve"]
 
 Solver = Callable[[Graph, int], Schedule]
 """From a graph and a bound on the peak [B] to a schedule; options are keyword-only arguments with defaults."""
@@ -40,7 +43,13 @@ SOLVERS: dict[str, Callable[..., Schedule]] = {
     "selective": selective,
     "collection": collection,
     "min_memory": min_memory,
+    "treeverse": treeverse,
+    "milp": milp,
+    "exhaustive": exhaustive,
 }
+
+ORACLES: frozenset[str] = frozenset(("milp", "exhaustive"))
+"""Names of the solvers for small graphs only: exact, and slow."""
 
 
 @dataclass(frozen=True)
