@@ -85,7 +85,8 @@ class Block:
     def _again(self) -> Graph:
         """The part when its forward has run before: what is held is there."""
         storages = [replace(s, kind="input") if i in self.held else s for i, s in enumerate(self.part.storages)]
-        return replace(self.part, storages=tuple(storages))
+        ops = tuple(replace(op, ordered=False) for op in self.part.ops)
+        return replace(self.part, ops=ops, storages=tuple(storages))
 
     def forward_only(self) -> tuple[float, int]:
         """Time [µs] and peak [B] of making `behind` from the block's inputs once more, nothing else kept."""
