@@ -291,7 +291,7 @@ def test_changing_a_parameter_between_forward_and_backward_is_an_error_as_in_eag
         loss = both(model(batch(0)))
         with torch.no_grad():
             model.get_parameter("trunk.4.weight").mul_(2)
-        with pytest.raises(RuntimeError, match=r"(?i)modified"):
+        with pytest.raises(RuntimeError, match=r"(?i)modified|changed"):
             loss.backward()
 
 
@@ -394,8 +394,10 @@ def test_hooks_on_the_root_module() -> None:
             model.register_forward_hook(lambda _, __, outputs: (outputs[0] * 3, outputs[1])),
             model.register_full_backward_hook(lambda *_: calls.append("backward")),
         ]
-        both(model(batch(0))).backward()
+        x = batch(0).requires_grad_()
+        both(model(x)).backward()
         assert calls == ["backward"]
+        model.register_buffer("seen", x.grad)
         for handle in handles:
             handle.remove()
 
@@ -424,9 +426,9 @@ def test_hooks_on_inner_modules_run_or_are_refused_never_ignored(kind: str, befo
         both(optimized(batch(0))).backward()
         if not before:
             HOOKS[kind](inner, calls)
-            both(optimized(batch(0))).backward()
-        calls.clear()
-        both(optimized(batch(1))).backward()
+        for number in range(3):
+            calls.clear()
+            both(optimized(batch(number))).backward()
     except FxckptError as error:
         assert "hook" in str(error)  # noqa: PT017 - either is right
         return
@@ -450,6 +452,11 @@ def test_a_hook_that_changes_what_an_inner_module_returns() -> None:
 
 
 # Failures, threads, leaks
+
+
+def live_tensors() -> int:
+    """How many tensors there are."""
+    return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
 
 
 def test_a_failure_inside_backward_leaves_a_model_that_works() -> None:
@@ -502,7 +509,7 @@ def test_nothing_leaks(retain: bool) -> None:
         optimized.zero_grad()
         if number >= 12:
             gc.collect()
-            counts.append(sum(isinstance(x, Tensor) for x in gc.get_objects()))
+            counts.append(live_tensors())
     assert counts[-1] == counts[0]
 
 
@@ -512,11 +519,11 @@ def test_saved_tensors_go_without_the_garbage_collector() -> None:
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(x, Tensor) for x in gc.get_objects())
+        before = live_tensors()
         for number in range(5):
             outputs = optimized(batch(number))
             del outputs
-        after = sum(isinstance(x, Tensor) for x in gc.get_objects())
+        after = live_tensors()
     finally:
         gc.enable()
     assert after == before
