@@ -3,8 +3,8 @@
     model = fxckpt.optimize(model, memory_budget="8GB")
     fxckpt.print_plan(model)
 
-A budget in bytes of peak memory, the same gradients, the least time. Names are imported when they are first used, so that the
-planning core can be used without torch.
+A budget in bytes of peak memory, the same gradients, the least time. Names are imported when they are first used, so
+that the planning core can be used without torch.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any, Literal, TextIO, TypeVar, cast
 import torch
 from torch import nn
 
-from fxckpt.compile import COST_MODELS, Budget, Options, make_plan, profile_step
+from fxckpt.compile import COST_MODELS, Budget, Options, free_bytes, make_plan, profile_step
 from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
@@ -41,19 +41,21 @@ def optimize(
     Args:
         model: any module. It is left as it is; the result shares its parameters, buffers and submodules.
         memory_budget: bound on the peak of a training step, everything counted (parameters, gradients, activations,
-            what kernels need inside): a size such as "8GB" or "500MiB", bytes as an int, or a fraction in (0, 1] of the plain
-            model's peak. None: what the model's CUDA device has free.
-        example_inputs, example_kwargs: arguments of a call, to capture and plan now; else that happens at the first call.
-        solver: name of a solver (see `fxckpt.solvers.SOLVERS`), or a function from a graph and a budget in bytes to a schedule.
-        cost_model: "measure" times the ops on the device, "estimate" computes from FLOPs and bytes, "reference" is a fixed
-            device; "auto" measures where the model is on a real device.
+            what kernels need inside): a size such as "8GB" or "500MiB", bytes as an int, or a fraction in (0, 1] of the
+            plain model's peak. None: what the model's CUDA device has free.
+        example_inputs, example_kwargs: arguments of a call, to capture and plan now; else that happens at the first
+            call.
+        solver: name of a solver (see `fxckpt.solvers.SOLVERS`), or a function from a graph and a budget in bytes to a
+            schedule.
+        cost_model: "measure" times the ops on the device, "estimate" computes from FLOPs and bytes, "reference" is a
+            fixed device; "auto" measures where the model is on a real device.
         optimizer: its state counts towards the peak.
         reserve: bytes to leave for other things.
         plan: a plan to apply instead of solving.
 
     Returns:
-        A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the model's.
-        It plans once for each form of input. Without grad it runs the plain forward.
+        A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the
+        model's. It plans once for each form of input. Without grad it runs the plain forward.
 
     Raises:
         BudgetError: the budget or reserve makes no sense.
@@ -70,7 +72,7 @@ def optimize(
     if example_inputs is not None or example_kwargs is not None:
         planner.prepare(_arguments(example_inputs), dict(example_kwargs or {}))
     elif memory_budget is None:
-        _check_device(model)
+        free_bytes(next((p.device for p in model.parameters()), torch.device("cpu")))  # to fail now rather than later
     return cast(Model, result)
 
 
@@ -89,8 +91,8 @@ def plan(
     """Plan a training step without running or allocating anything; the model may be on the meta device.
 
     Arguments are those of `optimize`; `gradients` says whether `.grad` is None before the step ("fresh"), holds tensors
-    ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if ops may be run: with
-    cost_model="measure", or by `optimize`.
+    ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if ops may be run:
+    with cost_model="measure", or by `optimize`.
 
     Raises:
         BudgetError, CaptureError, InfeasibleBudgetError: as `optimize`.
@@ -147,8 +149,8 @@ def _plan_of(model_or_plan: nn.Module | Plan) -> Plan:
 def measure(model: nn.Module, *args: Any, **kwargs: Any) -> Measurement:
     """Run training steps and measure their real peak and time, for plain and optimized modules alike.
 
-    Backward starts from the model's `loss` if it returns one, else from ones for every output that requires grad. Gradients,
-    buffers and random-number state are afterwards what they were.
+    Backward starts from the model's `loss` if it returns one, else from ones for every output that requires grad.
+    Gradients, buffers and random-number state are afterwards what they were.
     """
     return measure_step(model, args, kwargs)
 
@@ -179,12 +181,3 @@ def _arguments(example_inputs: Sequence[Any] | None) -> tuple[Any, ...]:
     if isinstance(example_inputs, torch.Tensor):
         raise FxckptError("example_inputs is a tuple of the model's arguments: write (x,) instead of x")
     return tuple(example_inputs or ())
-
-
-def _check_device(model: nn.Module) -> None:
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    if device.type != "cuda":
-        raise BudgetError(
-            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a size such "
-            'as memory_budget="8GB", or a fraction of the plain peak such as 0.5'
-        )

@@ -153,8 +153,10 @@ def _cost_name(options: Options, profile: Profile) -> str:
 def _check_same_graph(plan: Plan, graph: Graph) -> None:
     if plan.fingerprint != graph.fingerprint:
         raise PlanMismatchError(
-            f"the plan is for graph {plan.fingerprint} ({len(plan.graph.ops)} ops), but this model and these inputs give "
-            f"graph {graph.fingerprint} ({len(graph.ops)} ops). Plan again for this model, these input shapes and this torch"
+            f"the plan is for graph {plan.fingerprint} ({len(plan.graph.ops)} ops), but this model and these inputs "
+            f"give "
+            f"graph {graph.fingerprint} ({len(graph.ops)} ops). Plan again for this model, these input shapes and "
+            f"this torch"
         )
 
 
@@ -180,30 +182,38 @@ def budget_in_bytes(budget: Budget, graph: Graph, device: torch.device) -> int:
     """The bound on the peak that a user's budget means for a graph [B].
 
     Raises:
-        BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of its own.
+        BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of
+            its own.
     """
     if isinstance(budget, str):
         return parse_bytes(budget)
     if isinstance(budget, bool) or not isinstance(budget, (int, float, type(None))):
         raise BudgetError(f'a memory budget is a size such as "8GB", bytes, or a fraction, not {budget!r}')
     if budget is None:
-        return _free_bytes(device)
+        return free_bytes(device)
     if isinstance(budget, int):
         if budget <= 0:
             raise BudgetError(f"a memory budget must be positive, not {budget} bytes")
         return budget
     if not 0 < budget <= 1:
         raise BudgetError(
-            f"a memory budget of {budget!r}, a float, is a fraction of the plain model's peak and must be in (0, 1]; write bytes "
+            f"a memory budget of {budget!r}, a float, is a fraction of the plain model's peak and must be in (0, 1]; "
+            f"write bytes "
             'as an int or a text such as "8GB"'
         )
     return int(budget * simulate(graph, plain(graph)).peak_bytes)
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that a CUDA device has for this process: what is free, and what torch holds already [B].
+
+    Raises:
+        BudgetError: the device is not a CUDA device.
+    """
     if device.type != "cuda":
         raise BudgetError(
-            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a size such "
+            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a "
+            f"size such "
             'as memory_budget="8GB", or a fraction of the plain peak such as 0.5'
         )
     free_bytes, _ = torch.cuda.mem_get_info(device)

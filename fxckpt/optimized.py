@@ -1,7 +1,7 @@
 """The module that stands in for the user's model: the same object in another class, with planned forward and backward.
 
-The stand-in shares the model's whole `__dict__`, so parameters, buffers, submodules, flags and attributes are the same in
-both, whichever of the two is changed. What fxckpt needs beside that lives in a slot, outside the dictionary.
+The stand-in shares the model's whole `__dict__`, so parameters, buffers, submodules, flags and attributes are the same
+in both, whichever of the two is changed. What fxckpt needs beside that lives in a slot, outside the dictionary.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def stand_in(model: nn.Module, options: Options) -> nn.Module:
     """A module that stands in for `model` and is planned by `options`, at its first call or by `prepare`."""
     plain = plain_model(model)
     kind = _stand_in_class(type(plain))
-    module = cast(nn.Module, object.__new__(kind))
+    module = object.__new__(kind)
     object.__setattr__(module, "__dict__", plain.__dict__)
     object.__setattr__(module, _SLOT, Planner(plain, options))
     return module
@@ -68,7 +68,7 @@ class _StandIn:
 
 
 @functools.cache
-def _stand_in_class(kind: type[nn.Module]) -> type[nn.Module]:
+def _stand_in_class(kind: Any) -> type[nn.Module]:
     body = {
         "__slots__": (_SLOT,),
         "__module__": kind.__module__,

@@ -1,4 +1,7 @@
-"""A plan: a graph, the schedule chosen for it, and what that schedule is predicted to cost. Frozen, and JSON both ways."""
+"""A plan:
+
+A graph, the schedule chosen for it, and what that schedule is predicted to cost. Frozen, and JSON both ways.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
 """Run emitted graphs under autograd.
 
-Forward is one `autograd.Function` without gradients of its own. Backward is a chain of small ones, a stage each, linked by an
-empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns the gradients
-that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage starts.
+Forward is one `autograd.Function` without gradients of its own. Backward is a chain of small ones, a stage each, linked
+by an
+empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns the
+gradients that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage
+starts.
 
 Besides `fxckpt.capture.joint` this is the only module that relies on torch's private interfaces.
 """
@@ -60,10 +62,14 @@ def run_forward(program: Program, given: Sequence[torch.Tensor], backward_for: B
     token = torch.empty(0, requires_grad=True)
     for index in reversed(range(len(program.emitted.stages))):
         leaves = [given[i] for i in program.emitted.stages[index].inputs]
-        token = _Stage.apply(step, index, token, *leaves)
-    outputs = _Head.apply(step, token)
+        token = _apply(_Stage, step, index, token, *leaves)
+    outputs = _apply(_Head, step, token)
     step.watch(outputs)
     return [_result(result, outputs, given) for result in program.roles.results]
+
+
+def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    return function.apply(*args)  # type: ignore[no-untyped-call]
 
 
 def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -146,7 +152,8 @@ class _Step:
             )
             name = changed.path or f"number {changed.index}"
             raise RuntimeContractError(
-                f"{changed.kind.value} {name} was changed in place between forward and backward, which needs its old value"
+                f"{changed.kind.value} {name} was changed in place between forward and backward, which needs its old "
+                f"value"
             )
         for reference, version in self._watched:
             output = reference()
@@ -193,7 +200,7 @@ class _Head(torch.autograd.Function):
     """Runs forward; in backward takes the tangents and lets the stages go."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, token: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, step: _Step, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = step.forward()
         ctx.step = step
         ctx.set_materialize_grads(False)
@@ -213,7 +220,7 @@ class _Stage(torch.autograd.Function):
     """A link of the chain: returns the gradients of its leaves."""
 
     @staticmethod
-    def forward(ctx: Any, step: _Step, index: int, token: torch.Tensor, *leaves: torch.Tensor) -> torch.Tensor:  # noqa: ARG004
+    def forward(ctx: Any, step: _Step, index: int, *_: torch.Tensor) -> torch.Tensor:
         ctx.step, ctx.index = step, index
         return torch.empty(0)
 

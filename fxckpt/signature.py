@@ -92,7 +92,8 @@ class Watch:
         for name, module in self.modules[1:]:
             if module._backward_hooks or module._backward_pre_hooks:
                 raise RuntimeContractError(
-                    f"submodule {name!r} has a backward hook, which an optimized module would not call: remove it, register it on "
+                    f"submodule {name!r} has a backward hook, which an optimized module would not call: remove it, "
+                    f"register it on "
                     "the root module, or use a hook on a tensor or parameter"
                 )
 

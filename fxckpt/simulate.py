@@ -141,7 +141,10 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
 def _lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
     """Walk the schedule once and note for each copy of a storage when it is written and when it is last read."""
     split, end = schedule.forward_steps, len(schedule) - 1
-    storages, born, dies, recomputed = [], [], [], []
+    storages: list[int] = []
+    born: list[int] = []
+    dies: list[int] = []
+    recomputed: list[bool] = []
     current: dict[int, int] = {}  # storage -> its most recent copy
     first: dict[int, int] = {}  # storage -> its first copy, the one that is handed out
     executed: set[int] = set()

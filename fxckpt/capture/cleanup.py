@@ -1,7 +1,7 @@
 """Tidy a captured graph without changing a bit of what it computes: fewer nodes, no needless copies, exact dropout.
 
-The graph is functional (nothing is changed in place), so two nodes that are the same view of the same storage are the same
-value, and a copy in the same layout is its source.
+The graph is functional (nothing is changed in place), so two nodes that are the same view of the same storage are the
+same value, and a copy in the same layout is its source.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _changed_inputs(graph: fx.Graph) -> list[fx.Node]:
 def _is_same_layout_copy(node: fx.Node, kept: set[int | None], changed: set[int | None]) -> bool:
     if node.target is not aten.clone.default:
         return False
-    source, copy = node.args[0].meta["val"], node.meta["val"]
+    source, copy = node.all_input_nodes[0].meta["val"], node.meta["val"]
     return source.stride() == copy.stride() and storage_key(copy) not in kept and storage_key(source) not in changed
 
 
@@ -104,7 +104,8 @@ def _own_gradients(graph: fx.Graph) -> None:
     Torch keeps a gradient without copying only if it has the parameter's layout and nobody else holds it.
     """
     output = graph.output_node()
-    leaves = list(output.args[0])
+    returned: Any = output.args[0]
+    leaves = list(returned)
     placeholders = {node.meta["desc"]: node for node in graph.nodes if node.op == "placeholder"}
     given = {storage_key(node.meta["val"]) for node in placeholders.values()}
     readers = _readers_by_storage(graph)
@@ -129,7 +130,7 @@ def _own_gradients(graph: fx.Graph) -> None:
                 "custom": node.meta.get("custom", {}),
             }
             leaves[position] = copy
-    output.args = (type(output.args[0])(leaves),)
+    output.args = (type(returned)(leaves),)
 
 
 def _readers_by_storage(graph: fx.Graph) -> dict[int | None, int]:

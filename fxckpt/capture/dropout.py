@@ -1,8 +1,9 @@
 """Dropout on CPU as eager torch computes it, with a mask of one byte an element.
 
-Traced on CPU, dropout becomes `aten.native_dropout`, which scales by 1/(1-p) in double precision. Eager torch multiplies by
-a noise tensor that was rounded to the tensor's own type first; in bfloat16, or at p = 0.15 in float32, the results differ in the
-last bit. These two ops draw the same random numbers, round as eager does, and need a byte an element where eager saves a float.
+Traced on CPU, dropout becomes `aten.native_dropout`, which scales by 1/(1-p) in double precision. Eager torch
+multiplies by a noise tensor that was rounded to the tensor's own type first; in bfloat16, or at p = 0.15 in float32,
+the results differ in the last bit. These two ops draw the same random numbers, round as eager does, and need a byte an
+element where eager saves a float.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def _dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> t
     return grad.mul(mask).mul_(scale)
 
 
-_LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")
-_LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 DROPOUT = torch.ops.fxckpt.dropout.default
 DROPOUT_BACKWARD = torch.ops.fxckpt.dropout_backward.default

@@ -20,13 +20,15 @@ _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
     (
         DataDependentOutputException,
-        "reads the value of a tensor (by .item(), if, float(), or the like), which is not known when the graph is captured",
+        "reads the value of a tensor (by .item(), if, float(), or the like), which is not known when the graph is "
+        "captured",
         "Compute with tensors (torch.where, masks) instead of branching on them, or move this part out of the model",
     ),
     (
         DynamicOutputShapeException,
         "makes a tensor whose shape depends on values (nonzero, boolean indexing, unique, or the like)",
-        "Use a form with a fixed shape (torch.where with three arguments, masks, topk), or move this part out of the model",
+        "Use a form with a fixed shape (torch.where with three arguments, masks, topk), or move this part out of the "
+        "model",
     ),
     (
         UnsupportedOperatorException,

@@ -117,8 +117,8 @@ def capture(
 def _backward_from(traced: _Traced, differentiated: frozenset[int] | None) -> Iterator[None]:
     """Let the traced backward start from some outputs only.
 
-    AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is one
-    call of `torch.autograd.grad`; outputs that are left out of that call get no gradient at all, as in eager.
+    AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
+    one call of `torch.autograd.grad`; outputs that are left out of that call get no gradient at all, as in eager.
     """
     original = torch.autograd.grad
 
@@ -151,7 +151,10 @@ def _has_loss(structure: Structure) -> bool:
 
 
 def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
-    """Export the joint graph; a second time with torch's exporting flag set, which makes some models' mask code traceable."""
+    """Export the joint graph;
+
+    A second time with torch's exporting flag set, which makes some models' mask code traceable.
+    """
     stack.enter_context(mock.patch("torch.compiler._is_compiling_flag", True))
     stack.enter_context(torch.enable_grad())
     stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast
@@ -187,7 +190,8 @@ def _unchanged(model: nn.Module, traced: _Traced) -> Iterator[None]:
                     and _holds_tensor(value)
                 ):
                     raise CaptureError(
-                        f"forward stores a tensor in attribute {name!r} of {type(module).__name__}. The optimized module can't "
+                        f"forward stores a tensor in attribute {name!r} of {type(module).__name__}. The optimized "
+                        f"module can't "
                         "repeat that: return the tensor instead, or register it as a buffer and update it in place"
                     )
     finally:

@@ -2,7 +2,8 @@
 
 While the model is traced, every torch function call is seen by a mode that walks up the Python stack: the innermost
 frame whose `self` is a submodule names the module, the innermost frame outside torch the source line. Both travel to
-the fx nodes through torch's own node-annotation channel, and from forward to backward nodes by autograd's sequence number.
+the fx nodes through torch's own node-annotation channel, and from forward to backward nodes by autograd's sequence
+number.
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ def _source(desc: Any) -> tuple[InputKind, str, int]:
             return InputKind.BUFFER, desc.target.removeprefix("model."), -1
         return InputKind.ATTRIBUTE, "", int(desc.target.removeprefix("attribute_"))
     raise CaptureError(
-        f"the graph takes {desc.expr()} as an input, a {type(desc).__name__}, which fxckpt can't feed. Tensor subclasses, "
+        f"the graph takes {desc.expr()} as an input, a {type(desc).__name__}, which fxckpt can't feed. Tensor "
+        f"subclasses, "
         "and inputs that share memory with each other and are changed in place, are not supported"
     )
 
@@ -129,7 +130,8 @@ def _check_mutations(metadata: Any, count: int) -> None:
     for index, info in enumerate(metadata.input_info[:count]):
         if info.mutates_metadata or info.mutates_storage_metadata or info.mutation_inductor_storage_resize:
             raise CaptureError(
-                f"forward changes the shape, strides or storage of input {index} in place (by resize_, set_, transpose_ or "
+                f"forward changes the shape, strides or storage of input {index} in place (by resize_, set_, "
+                f"transpose_ or "
                 "the like). Use the out-of-place form"
             )
 

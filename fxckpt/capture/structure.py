@@ -71,7 +71,7 @@ def put_together(structure: Structure, tensors: Iterator[Any]) -> Any:
         return _Unpickler(structure.detail, tensors).load()
     children = [put_together(child, tensors) for child in structure.children]
     if structure.kind == "dataclass":
-        kind, names, example = structure.detail
+        kind, names = structure.detail
         result = object.__new__(kind)
         for name, child in zip(names, children, strict=True):
             object.__setattr__(result, name, child)
@@ -96,7 +96,7 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> Structure:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))
         parts = tuple(_take_apart(getattr(value, name), tensors) for name in names)
-        return Structure("dataclass", (kind, names, None), parts)
+        return Structure("dataclass", (kind, names), parts)
     return _pickle(value, tensors)
 
 

@@ -1,7 +1,8 @@
 """The measuring cost model: run each distinct op of a graph once or a few times on its device.
 
-Workspaces (memory that a kernel allocates inside and frees before it returns) can't be known otherwise: CPU convolutions
-allocate more than their outputs. Results are kept for the life of the process, by op signature and number of threads.
+Workspaces (memory that a kernel allocates inside and frees before it returns) can't be known otherwise: CPU
+convolutions allocate more than their outputs. Results are kept for the life of the process, by op signature and number
+of threads.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ def measure_workspaces(nodes: Iterable[fx.Node]) -> None:
 
 
 def measure_times(nodes: Iterable[fx.Node], fallback: CostModel) -> None:
-    """Find the time of each distinct op that is not known yet. Ops that can't be run alone get the estimate of `fallback`.
+    """Find the time of each distinct op that is not known yet. Ops that can't be run alone get the estimate of
+    `fallback`.
 
     After a warm-up the fastest of several runs counts: other work on the machine only ever adds time.
     """
@@ -73,9 +75,7 @@ class _Call:
         made: dict[fx.Node, Any] = {}
         for source in node.all_input_nodes:
             made[source] = pytree.tree_map_only(torch.Tensor, _tensor_like, source.meta["val"])
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda a: made.get(a, a) if isinstance(a, fx.Node) else a
-        )  # type: ignore[misc, arg-type]
+        args, kwargs = pytree.tree_map_only(fx.Node, made.get, (node.args, node.kwargs))
         call = cls(node.target, args, kwargs)
         try:
             call.run()

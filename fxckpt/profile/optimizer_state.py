@@ -13,7 +13,8 @@ from fxckpt.errors import BudgetError
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of the tensors that an optimizer keeps between steps [B].
 
-    An optimizer that has not stepped yet is copied onto the meta device, where a step costs nothing, and the copy's state counted.
+    An optimizer that has not stepped yet is copied onto the meta device, where a step costs nothing, and the copy's
+    state counted.
 
     Raises:
         BudgetError: the optimizer can't step on the meta device.
@@ -34,7 +35,8 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
         copy.step()
     except Exception as error:
         raise BudgetError(
-            f"the state of {type(optimizer).__name__} can't be foretold ({error}): run one step of it first, or declare its "
+            f"the state of {type(optimizer).__name__} can't be foretold ({error}): run one step of it first, or "
+            f"declare its "
             "bytes with reserve="
         ) from error
     return _tensor_bytes(copy.state)

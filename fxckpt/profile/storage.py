@@ -45,7 +45,7 @@ def map_storages(joint: JointGraph) -> StorageMap:
     forward = forward_nodes(joint)
     kinds = _given_kinds(joint)
     storages: list[Storage] = []
-    index_of: dict[int, int] = {}
+    index_of: dict[int | None, int] = {}
     behind: dict[fx.Node, int] = {}
     writes: dict[fx.Node, tuple[int, ...]] = {}
 

@@ -1,8 +1,9 @@
 """A backward for other outputs than a forward was planned for.
 
-Backward turned out to start from other outputs than expected (an output that is rarely used, or one loss of several). The
-forward has run, and its saved values are what there is: this backward remakes whatever else it needs from them and from the
-inputs, each value once. Peak memory is not planned for; the next forward is.
+Backward turned out to start from other outputs than expected (an output that is rarely used, or one loss of several).
+The
+forward has run, and its saved values are what there is: this backward remakes whatever else it needs from them and from
+the inputs, each value once. Peak memory is not planned for; the next forward is.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def _counterpart(node: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
     found = nodes.get(node.name)
     if found is None or found.target != node.target:
         raise RuntimeContractError(
-            "backward started from other outputs than expected, and capturing the model again gave another forward: its "
+            "backward started from other outputs than expected, and capturing the model again gave another forward: "
+            "its "
             "forward is not the same each time. Make it deterministic, or differentiate the same outputs every step"
         )
     return found

@@ -1,8 +1,8 @@
 """Python code of emitted graphs: inputs in one list that is emptied, and gradients handed over in the middle.
 
-A caller that passes tensors as arguments keeps them alive for the whole call, so the generated function takes a list, unpacks
-and clears it; from then on every value dies at its last use. The backward function is a generator: it yields a list of
-finished gradients at the end of each stage, and the caller empties that list before it goes on.
+A caller that passes tensors as arguments keeps them alive for the whole call, so the generated function takes a list,
+unpacks and clears it; from then on every value dies at its last use. The backward function is a generator: it yields a
+list of finished gradients at the end of each stage, and the caller empties that list before it goes on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ def deliver(*gradients: torch.Tensor | None) -> list[torch.Tensor | None]:
 
 
 class BoxedCodeGen(CodeGen):
-    """Generates `forward(self, boxed)` that takes all inputs in one list and empties it; yields what `deliver` returns."""
+    """Generates `forward(self, boxed)` that takes all inputs in one list and empties it;
+
+    Yields what `deliver` returns.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._body_transformer = _yield_deliveries
 
     def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
+        """The function's first lines: signature, unpacking, clearing."""
         names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
         unpack = f"    {', '.join(names)}, = boxed\n" if names else ""
         return f"def {self._func_name}(self, boxed){maybe_return_annotation}:\n{unpack}    boxed.clear()"

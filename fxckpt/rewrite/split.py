@@ -1,7 +1,7 @@
 """Emit a schedule as two fx graphs, forward and backward, in which repeated ops are there to read.
 
-Every step of the schedule becomes one node; views are made just before their first reader and again where needed after that.
-Values that backward needs become outputs of the forward graph and inputs of the backward graph.
+Every step of the schedule becomes one node; views are made just before their first reader and again where needed after
+that. Values that backward needs become outputs of the forward graph and inputs of the backward graph.
 """
 
 from __future__ import annotations
@@ -106,7 +106,10 @@ class Writer:
     def __init__(
         self, profile: Profile, schedule: Schedule, before: Writer | None, *, executed: Iterable[int] = ()
     ) -> None:
-        """`before` has written the forward graph; the ops in `executed` have run elsewhere, so that they are repeated here."""
+        """`before` has written the forward graph;
+
+        The ops in `executed` have run elsewhere, so that they are repeated here.
+        """
         self.graph = fx.Graph()
         self.saved: list[fx.Node] = []  # nodes of the forward graph whose values are read here
         self.inputs: dict[fx.Node, fx.Node] = {}  # node of the forward graph, or captured input -> placeholder
@@ -167,7 +170,7 @@ class Writer:
         return placeholder
 
     def _arguments(self, node: fx.Node, substitutes: dict[fx.Node, fx.Node] | None = None) -> tuple[Any, Any]:
-        return fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, substitutes))  # type: ignore[return-value]
+        return fx.node.map_arg((node.args, node.kwargs), lambda n: self.value(n, substitutes))
 
     # steps
 
@@ -241,7 +244,7 @@ class Writer:
         return self._replayed[storage]
 
     def _changed_inputs(self, node: fx.Node) -> list[fx.Node]:
-        """Placeholders whose tensors the step changes, among those that an op reads, in the order of its replay storages."""
+        """Placeholders that an op reads and the step changes, in the order of its replay storages."""
         roles, behind = self._profile.joint.roles, self._profile.map.behind
         changed = {behind[i.node]: i.node for i in roles.inputs if i.update is not None}
         return [changed[s] for s in self._profile.map.reads(node) if s in changed]
@@ -277,7 +280,10 @@ class Writer:
                 self.place(output.tangent, self.graph.placeholder(output.tangent.name))
 
     def order_inputs(self, saved: list[fx.Node]) -> tuple[int, ...]:
-        """End the backward graph: saved values come first, then inputs, then tangents. Returns the indices of the inputs."""
+        """End the backward graph:
+
+        Saved values come first, then inputs, then tangents. Returns the indices of the inputs.
+        """
         roles = self._profile.joint.roles
         self.graph.output(None)
         _drop_unused(self.graph)

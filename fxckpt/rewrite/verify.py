@@ -1,13 +1,13 @@
 """Check emitted graphs against the schedule they were made from, by reading the graphs alone.
 
-What is checked, after every rewrite: the ops stand in the schedule's order, each calls what the captured op calls on the
-values that the captured op reads, in their most recent copies; and every copy of every storage lives exactly as long as the
-simulation says, so that the predicted peak is that of the code which runs.
+What is checked, after every rewrite: the ops stand in the schedule's order, each calls what the captured op calls on
+the values that the captured op reads, in their most recent copies; and every copy of every storage lives exactly as
+long as the simulation says, so that the predicted peak is that of the code which runs.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -79,9 +79,8 @@ def _check_arguments(profile: Profile, emitted: Emitted) -> None:
         if "fxckpt_step" in node.meta:
             for storage in profile.map.writes[captured]:
                 latest[storage] = position
-        storage = behind.get(captured)
-        if storage is not None:
-            copy_of[node] = latest.get(storage, -1)
+        if captured in behind:
+            copy_of[node] = latest.get(behind[captured], -1)
 
 
 def _check_value(
@@ -116,7 +115,6 @@ class _Copy:
     storage: int
     born: int
     dies: int
-    values: set[fx.Node] = field(default_factory=set)
 
 
 def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
@@ -143,9 +141,9 @@ def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> 
                 holder[node] = _Copy(storage, split, split)
                 copies.append(holder[node])
         else:
-            source = next((n for n in node.all_input_nodes if _same_copy(profile, n, node, holder)), None)
-            if source is not None:
-                holder[node] = holder[source]
+            viewed = next((n for n in node.all_input_nodes if _same_copy(profile, n, node, holder)), None)
+            if viewed is not None:
+                holder[node] = holder[viewed]
             elif graph.storages[profile.map.behind[captured]].kind not in RESIDENT:
                 holder[node] = _Copy(profile.map.behind[captured], step, step)
                 copies.append(holder[node])
@@ -179,6 +177,7 @@ def _compare(profile: Profile, schedule: Schedule, copies: list[_Copy]) -> None:
         if found.get(key) != life.dies:
             name = graph.storages[life.storage].name
             raise VerificationError(
-                f"{name}, written in step {life.born}, dies in step {found.get(key)} of the emitted code, but the plan says "
+                f"{name}, written in step {life.born}, dies in step {found.get(key)} of the emitted code, but the "
+                f"plan says "
                 f"step {life.dies}"
             )
