@@ -135,11 +135,9 @@ class Remake:
 
     def pinned(self, storage: int) -> str:
         """Why it can't be done, or ""."""
-        for index in self.ops:
-            op = self.graph.ops[index]
-            if op.pinned:
-                return op.pinned if storage in op.writes else f"needs {op.name}: {op.pinned}"
-        return ""
+        stuck = [self.graph.ops[index] for index in self.ops if self.graph.ops[index].pinned]
+        own = next((op.pinned for op in stuck if storage in op.writes), "")
+        return own or next((f"needs {op.name}: {op.pinned}" for op in stuck), "")
 
 
 def _decide(facts: _Facts, storage: int) -> Decision:

@@ -14,7 +14,12 @@ from fxckpt.units import format_bytes, format_us
 SHORT_ROWS = 30
 """Rows of the table of tensors unless all are asked for."""
 
-_WIDEST = {"module": 34, "source": 30, "op": 24, "reason": 44}
+WIDTH = 140
+"""Characters in the longest line."""
+
+_COLUMNS = ("module", "source", "op", "bytes", "time", "runs", "decision", "reason")
+_NARROWEST = {"op": 12, "reason": 33, "source": 16, "module": 22}
+"""Columns that are cut where lines are too long, in this order, and how far."""
 
 
 class Measured(Protocol):
@@ -155,31 +160,45 @@ def _tensors(plan: Plan, *, everything: bool) -> str:
     shown = found if everything else found[:SHORT_ROWS]
     table = [
         [
-            _cut(rows.module_text(row.modules), "module"),
-            _cut(rows.source_text(row.source), "source"),
-            _cut(rows.ops_text(graph, row), "op"),
+            rows.module_text(row.modules),
+            rows.source_text(row.source),
+            rows.ops_text(graph, row),
             format_bytes(row.size_bytes),
             format_us(row.time_us),
             rows.runs_text(row),
             rows.decision_text(row),
-            _cut(rows.reason_text(graph, row), "reason"),
+            rows.reason_text(graph, row),
         ]
         for row in shown
     ]
     title = "What forward computes, by module and source line, largest first (time: of one run)"
     if len(shown) < len(found):
         title += f"; {len(shown)} of {len(found)} rows, all=True or --all shows every one"
-    headers = ["module", "source", "op", "bytes", "time", "runs", "decision", "reason"]
     align = ("left", "left", "left", "right", "right", "right", "left", "left")
-    return title + "\n" + tabulate(table, headers, colalign=align if table else None, disable_numparse=True)
+    text = tabulate(_fitted(table), _COLUMNS, colalign=align if table else None, disable_numparse=True)
+    return title + "\n" + text
 
 
-def _cut(text: str, column: str) -> str:
-    """Text that fits its column: of places the end is told, of reasons the start."""
-    width = _WIDEST[column]
+def _fitted(table: list[list[str]]) -> list[list[str]]:
+    """The table with long places and reasons cut, so that its lines are not longer than WIDTH."""
+    if not table:
+        return table
+    # tabulate leaves two characters beside a header
+    widths = [max(len(name) + 2, *map(len, cells)) for name, *cells in zip(_COLUMNS, *table, strict=True)]
+    excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
+    for name, narrowest in _NARROWEST.items():
+        column = _COLUMNS.index(name)
+        cut = min(max(excess, 0), max(widths[column] - narrowest, 0))
+        widths[column] -= cut
+        excess -= cut
+    return [[_cut(text, widths[i], _COLUMNS[i]) for i, text in enumerate(row)] for row in table]
+
+
+def _cut(text: str, width: int, column: str) -> str:
+    """Text that fits its column: of places the end is told, of ops and reasons the start."""
     if len(text) <= width:
         return text
-    return text[: width - 1] + "…" if column in ("reason", "op") else "…" + text[len(text) - width + 1 :]
+    return "…" + text[len(text) - width + 1 :] if column in ("module", "source") else text[: width - 1] + "…"
 
 
 def _table(table: list[list[str]], headers: list[str], *, left: int) -> str:

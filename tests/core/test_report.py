@@ -5,6 +5,7 @@ After a wanted change of the text: `pytest tests/core/test_report.py --update-go
 
 from __future__ import annotations
 
+import doctest
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from fxckpt.graph import Graph, Op, Storage, StorageKind
 from fxckpt.plans import Plan
 from fxckpt.report import rows
 from fxckpt.report.decisions import decisions
-from fxckpt.report.table import plan_text
+from fxckpt.report.table import WIDTH, plan_text
 from fxckpt.schedule import Schedule, plain
 from tests import strategies
 
@@ -144,7 +145,27 @@ def test_text_is_the_golden_one(name: str, golden: Callable[[str, str], None]) -
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_lines_fit_a_wide_terminal(name: str) -> None:
-    assert max(len(line) for line in GOLDEN[name]().splitlines()) <= 140
+    assert max(len(line) for line in GOLDEN[name]().splitlines()) <= WIDTH
+
+
+def test_long_names_are_cut_and_lines_still_fit() -> None:
+    step = Step()
+    x = step.storage("x", 8, "parameter")
+    for i in range(3):
+        place: dict[str, Any] = {"module": f"{'outer.' * 9}end{i}", "line": 10**30}
+        x = step.op(f"op{i}", "aten." + "long_name" * 9 + ".default", (x,), 1000, 1.0, pinned="because " * 9, **place)
+    step.op("b", "aten.relu.default", (x,), 8, 1.0, kind="backward")
+    plan = Plan(Graph(tuple(step.ops), tuple(step.storages), 3), Schedule((0, 1, 2, 3), 3), "hand", "hand", 1)
+    table = plan_text(plan).split("What forward computes")[1]
+    assert max(len(line) for line in table.splitlines()) == WIDTH
+    assert "end2" in table
+    assert "pinned: because" in table
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(rows)
+    assert result.attempted > 0
+    assert result.failed == 0
 
 
 @given(st.data())

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fxckpt.cli import main
+from fxckpt.measurement import Measurement
 from fxckpt.plans import Plan
 
 SOURCE = """
@@ -125,11 +127,14 @@ def test_the_demo_says_when_losses_differ(monkeypatch: pytest.MonkeyPatch, capsy
 
     step = demo.Run.step
 
-    def wrong(self: demo.Run, number: int, batch: object) -> None:
-        step(self, number, batch)  # type: ignore[arg-type]
+    def wrong(self: demo.Run, number: int, batch: Any) -> None:
+        step(self, number, batch)
         self.losses[-1] += 1e-6 * (self.name == "optimized")
 
     monkeypatch.setattr(demo.Run, "step", wrong)
+    monkeypatch.setattr("fxckpt.api.optimize", lambda model, *_, **__: model)
+    monkeypatch.setattr("fxckpt.api.measure", lambda *_: Measurement(1, 1, 1.0, 1))
+    monkeypatch.setattr("fxckpt.api.print_plan", lambda *_, **__: None)
     assert main(["demo", "--tiny", "--steps", "2"]) == 1
     assert "FAILED: 2 of 2 losses differ" in capsys.readouterr().out
 
@@ -137,9 +142,14 @@ def test_the_demo_says_when_losses_differ(monkeypatch: pytest.MonkeyPatch, capsy
 def test_an_interrupted_demo_ends_with_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from fxckpt import demo
 
-    def interrupt(*_: object) -> None:
+    def interrupt() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.Run, "step", interrupt)
+    monkeypatch.setattr(demo, "read_text", interrupt)
     assert main(["demo", "--tiny", "--steps", "2"]) == 130
-    assert "interrupted" in capsys.readouterr().err
+    assert capsys.readouterr() == ("", "fxckpt: interrupted\n")
+
+
+def test_a_demo_of_one_step_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--tiny", "--steps", "1"]) == 2
+    assert "at least 2 steps" in capsys.readouterr().err
