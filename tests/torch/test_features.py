@@ -237,7 +237,7 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(16, 4, 32, 0.15, batch_first=True),
     "layer norms": lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.RMSNorm(16), nn.GELU()),
     "conv1d": lambda: nn.Sequential(nn.Conv1d(6, 8, 3), nn.InstanceNorm1d(8, affine=True), nn.ReLU(inplace=True)),
-    "embedding bag": lambda: Lambda(lambda m, y: F.embedding_bag(torch.arange(8).view(2, 4), m.linear.weight) * 2),
+    "embedding bag": lambda: Lambda(lambda m, _: F.embedding_bag(torch.arange(8).view(2, 4), m.linear.weight) * 2),
 }
 
 

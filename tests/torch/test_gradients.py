@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -54,32 +55,30 @@ class Subject:
         assert_same_step(run_step(model, self.args, self.kwargs, self.case.loss), self.expected)
 
 
-def solver_named(name: str, graph: Graph) -> Any:
-    """A solver by name; for "collection", which needs names of modules, one that keeps every second block."""
-    if name != "collection":
-        return name
+def options_of(solver: str, graph: Graph, effort: str) -> dict[str, Any]:
+    """Options to test a solver with: for "collection" every second module, for those that search how long to."""
     modules = list(dict.fromkeys(op.module for op in graph.ops[: graph.forward_count] if op.module))
-    collection = functools.partial(SOLVERS[name], keep=modules[::2])
-    collection.__name__ = name  # type: ignore[attr-defined]
-    return collection
+    known = inspect.signature(SOLVERS[solver]).parameters
+    return {name: value for name, value in {"keep": modules[::2], "effort": effort}.items() if name in known}
 
 
-def at_budget_or_floor(graph: Graph, budget_bytes: int, solver: Any) -> tuple[Solution, int]:
+def at_budget_or_floor(graph: Graph, budget_bytes: int, solver: str, **options: Any) -> tuple[Solution, int]:
     """What a solver finds for a budget or, if it can't fit that, for the floor that it names; and that budget."""
     try:
-        return solve(graph, budget_bytes, solver), budget_bytes
+        return solve(graph, budget_bytes, solver, **options), budget_bytes
     except InfeasibleBudgetError as error:
         floor_bytes = error.floor_bytes
     assert floor_bytes > budget_bytes
-    return solve(graph, floor_bytes, solver), floor_bytes
+    return solve(graph, floor_bytes, solver, **options), floor_bytes
 
 
-def plans(subject: Subject, solver: str) -> Iterator[Plan]:
-    """Different plans of a solver at all budgets and at its floor, each within its budget."""
+def plans(subject: Subject, solver: str, ratios: Iterable[float], effort: str) -> Iterator[Plan]:
+    """Different plans of a solver at fractions of the plain peak and at its floor, each within its budget."""
     graph, seen = subject.graph, set()
-    budgets = [int(ratio * subject.plain_plan.baseline.peak_bytes) for ratio in BUDGET_RATIOS]
+    options = options_of(solver, graph, effort)
+    budgets = [int(ratio * subject.plain_plan.baseline.peak_bytes) for ratio in ratios]
     for asked_bytes in (*budgets, 0):
-        solution, budget_bytes = at_budget_or_floor(graph, asked_bytes, solver_named(solver, graph))
+        solution, budget_bytes = at_budget_or_floor(graph, asked_bytes, solver, **options)
         assert solution.timeline.peak_bytes <= budget_bytes
         if solution.schedule not in seen:
             seen.add(solution.schedule)
@@ -91,20 +90,23 @@ def subject_of(case: Case) -> Subject:
     return Subject(case)
 
 
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ORACLES])
+GENERAL = [name for name in SOLVERS if name not in ORACLES]
+
+
+@pytest.mark.parametrize("solver", GENERAL)
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_small_models(case: Case, solver: str) -> None:
     subject = subject_of(case)
-    for plan in plans(subject, solver):
+    for plan in plans(subject, solver, (0.8,), "fast"):
         subject.check(plan)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("solver", [name for name in SOLVERS if name not in ORACLES])
-@pytest.mark.parametrize("case", FULL, ids=repr)
-def test_full_models(case: Case, solver: str) -> None:
+@pytest.mark.parametrize("solver", GENERAL)
+@pytest.mark.parametrize("case", (*CASES, *FULL), ids=repr)
+def test_every_budget(case: Case, solver: str) -> None:
     subject = subject_of(case)
-    for plan in plans(subject, solver):
+    for plan in plans(subject, solver, BUDGET_RATIOS, "default"):
         subject.check(plan)
 
 
@@ -126,7 +128,7 @@ def test_the_floor_of_an_infeasible_budget_works() -> None:
 
 def test_a_random_draw_that_is_repeated_draws_the_same() -> None:
     subject = subject_of(next(c for c in CASES if c.name == "gpt_dropout"))
-    plan = list(plans(subject, "min_memory"))[-1]
+    plan = next(plans(subject, "min_memory", (), "fast"))
     repeated = [subject.graph.ops[i] for i in plan.schedule.repeats()]
     assert any(op.replay for op in repeated), "the floor repeats no dropout: nothing is tested"
     subject.check(plan)
