@@ -7,25 +7,42 @@ than all that it reads, and stays (gradients are fresh), it should run as late a
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from fxckpt.graph import RESIDENT, Graph
 from fxckpt.schedule import Schedule
 
 
-def reordered(graph: Graph) -> tuple[Graph, tuple[int, ...]]:
-    """The graph with its backward ops in a better order, and for each of its ops the index in `graph`."""
-    order = (*range(graph.forward_count), *_order(graph))
-    return replace(graph, ops=tuple(graph.ops[i] for i in order)), order
+@dataclass(frozen=True)
+class Reordered:
+    """A graph with its backward ops in another order.
+
+    Attributes:
+        graph: the graph.
+        order: for each of its ops the index in the original graph.
+        held: activations that ops moved to the end still read there.
+    """
+
+    graph: Graph
+    order: tuple[int, ...]
+    held: frozenset[int] = frozenset()
+
+    def restored(self, schedule: Schedule) -> Schedule:
+        """A schedule of this graph as one of the original graph."""
+        return replace(schedule, order=tuple(self.order[i] for i in schedule.order))
 
 
-def restored(schedule: Schedule, order: tuple[int, ...]) -> Schedule:
-    """A schedule of the reordered graph as one of the original graph."""
-    return replace(schedule, order=tuple(order[i] for i in schedule.order))
+def reordered(graph: Graph) -> Reordered:
+    """The graph with its backward ops in a better order."""
+    middle, last = _order(graph)
+    order = (*range(graph.forward_count), *middle, *last)
+    held = {s for i in last for s in graph.ops[i].reads if 0 <= graph.producer[s] < graph.forward_count}
+    return Reordered(replace(graph, ops=tuple(graph.ops[i] for i in order)), order, frozenset(held))
 
 
-def _order(graph: Graph) -> list[int]:
-    """Indices of the backward ops: those that others depend on as they stand, the rest behind what they wait for."""
+def _order(graph: Graph) -> tuple[list[int], list[int]]:
+    """Indices of the backward ops: those that others depend on as they stand, the rest behind what they wait for, and
+    those to run last."""
     backward = range(graph.forward_count, len(graph.ops))
     read = {s for i in backward for s in graph.ops[i].reads}
     behind: dict[int, list[int]] = {}
@@ -43,7 +60,7 @@ def _order(graph: Graph) -> list[int]:
     order = sorted(behind.get(-1, ()), key=lambda i: _growth_bytes(graph, i))
     for index in stem:
         order += [index, *sorted(behind.get(index, ()), key=lambda i: _growth_bytes(graph, i))]
-    return order + sorted(last, key=lambda i: _growth_bytes(graph, i))
+    return order, sorted(last, key=lambda i: _growth_bytes(graph, i))
 
 
 def _grows(graph: Graph, index: int) -> bool:

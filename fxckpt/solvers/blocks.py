@@ -60,26 +60,23 @@ class Block:
         numbers: for each storage of `part` its number in the whole graph.
         behind: storages that cross the cut behind the block, numbered within it.
         held: storages that its forward writes and that are kept whatever is chosen: pinned ones and outputs.
-        held_bytes: what they take [B].
-        inflow_bytes: gradients that flow in from behind [B].
-        gradient_bytes: gradients of parameters and inputs that stay once they are written [B].
+        inflow_bytes: what flows into its backward from behind [B].
+        twice_bytes: the part of it that flows past the last segment, so the chain counts it too [B].
     """
 
     part: Graph
     numbers: tuple[int, ...]
     behind: tuple[int, ...]
     held: frozenset[int]
-    held_bytes: int
     inflow_bytes: int
-    gradient_bytes: int
+    twice_bytes: int
 
     @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for blocks that are alike."""
         ops = tuple((op.signature or op.target, op.reads, op.writes, op.time_us, op.pinned) for op in self.part.ops)
         sizes = tuple((s.size_bytes, s.kind) for s in self.part.storages)
-        counts = (self.part.forward_count, self.held_bytes, self.inflow_bytes, self.gradient_bytes)
-        return (ops, sizes, self.behind, self.held, counts)
+        return (ops, sizes, self.part.forward_count, self.behind, self.held, self.inflow_bytes, self.twice_bytes)
 
     @cached_property
     def _again(self) -> Graph:
@@ -99,7 +96,7 @@ class Block:
         backward = range(self.part.forward_count + 1, len(self.part.ops))
         order = recomputing(self.part, backward, self.held)
         timeline = simulate(self._again, Schedule(tuple(order), 0))
-        return self._time_us(order) - self._time_us(backward), timeline.peak_bytes
+        return self._time_us(order) - self._time_us(backward), timeline.peak_bytes - self.twice_bytes
 
     def choices(self, most: int) -> tuple[Choice, ...]:
         """About `most` choices worth considering, none of them dominated by another."""
@@ -121,7 +118,7 @@ class Block:
             kept=kept,
             kept_bytes=timeline.saved_bytes,
             forward_peak_bytes=_peak(timeline, 0, count),
-            backward_peak_bytes=_peak(timeline, count, len(order)),
+            backward_peak_bytes=_peak(timeline, count, len(order)) - self.twice_bytes,
             first_us=timeline.recompute_us,
             again_us=timeline.recompute_us + self._time_us(closure(self.part, live, self.held)),
         )
@@ -143,29 +140,65 @@ class Blocks:
         self._lives = backward_lives(graph)
         self._staying = frozenset() if graph.gradients_allocated else frozenset(graph.gradients)
         self._held = segments.pinned | frozenset(graph.outputs)
+        self._last_read = {s: i for i, op in enumerate(graph.ops) for s in op.reads}
 
     def flow(self, index: int) -> tuple[int, ...]:
         """Storages that flow through backward cut `index`."""
         position = self.segments.backward_cuts[index]
         return tuple(s for s, (born, dies) in self._lives.items() if born < position <= dies)
 
+    def passing(self, first: int, last: int) -> frozenset[int]:
+        """Storages that flow past the backward of segments `first` to `last` without being read there."""
+        return frozenset(self.flow(last + 1)) - {s for op in self._backward(first, last) for s in op.reads}
+
+    def rest_bytes(self) -> list[int]:
+        """For each segment the bytes that are there during its backward whatever is decided, outside of its block.
+
+        These are gradients that stay, pinned storages that are still needed, and what flows past.
+        """
+        pinned_bytes = [self._bytes(self.held(i)) for i in range(len(self.segments))]
+        rest = []
+        gradient_bytes = 0
+        for index in reversed(range(len(self.segments))):
+            rest.append(gradient_bytes + sum(pinned_bytes[: index + 1]) + self._bytes(self.passing(index, index)))
+            gradient_bytes += self._bytes(
+                s for op in self._backward(index, index) for s in op.writes if s in self._staying
+            )
+        return rest[::-1]
+
+    def lasting_bytes(self) -> int:
+        """Bytes of outputs, and of pinned storages that are read after the backward of their segments [B]."""
+        held = {s for op in self.graph.ops[: self.graph.forward_count] for s in op.writes} & self._held
+        return self._bytes(held - {s for i in range(len(self.segments)) for s in self.held(i)})
+
+    def held(self, index: int) -> tuple[int, ...]:
+        """Pinned storages that a segment writes and that nothing reads after its backward."""
+        pinned = [s for op in self._forward(index, index) for s in op.writes if s in self.segments.pinned]
+        end = self.segments.backward_cuts[index]
+        return tuple(s for s in pinned if s not in self.graph.outputs and self._last_read.get(s, 0) < end)
+
+    def _forward(self, first: int, last: int) -> tuple[Op, ...]:
+        return self.graph.ops[self.segments.forward_cuts[first] : self.segments.forward_cuts[last + 1]]
+
+    def _backward(self, first: int, last: int) -> tuple[Op, ...]:
+        return self.graph.ops[self.segments.backward_cuts[last + 1] : self.segments.backward_cuts[first]]
+
     def block(self, first: int, last: int) -> Block:
         """The block of segments `first` to `last`, both included."""
-        cuts, back = self.segments.forward_cuts, self.segments.backward_cuts
-        forward = self.graph.ops[cuts[first] : cuts[last + 1]]
-        backward = self.graph.ops[back[last + 1] : back[first]]
-        behind, inflow, outflow = self.segments.boundaries[last + 1], self.flow(last + 1), self.flow(first)
-        gradients = [s for op in backward for s in op.writes if s in self._staying]
-        made = {s for op in forward for s in op.writes}
-        held = [s for op in forward for s in op.writes if s in self._held]
+        forward, backward = self._forward(first, last), self._backward(first, last)
+        behind, passing = self.segments.boundaries[last + 1], self.passing(first, last)
+        inflow = [s for s in self.flow(last + 1) if s not in passing]
+        staying = [s for op in backward for s in op.writes if s in self._staying]
+        leaving = dict.fromkeys((*(s for s in self.flow(first) if s not in passing), *staying))
+        made = [s for op in forward for s in op.writes]
 
         mentioned = [s for op in (*forward, *backward) for s in (*op.reads, *op.writes)]
-        numbers = {s: i for i, s in enumerate(dict.fromkeys((*mentioned, *behind, *inflow, *outflow)))}
+        numbers = {s: i for i, s in enumerate(dict.fromkeys((*mentioned, *behind, *inflow, *leaving)))}
         kinds: dict[int, StorageKind] = dict.fromkeys(made, "activation")
         kinds |= dict.fromkeys(inflow, "tangent")
         kinds |= {s: "backward" for op in backward for s in op.writes}
         before = Op("behind", "behind", tuple(numbers[s] for s in behind), ())
-        after = Op("after", "after", tuple(numbers[s] for s in dict.fromkeys((*outflow, *gradients))), ())
+        after = Op("after", "after", tuple(numbers[s] for s in leaving), ())
         part = Graph(
             ops=(*_moved(forward, numbers), before, *_moved(backward, numbers), after),
             storages=tuple(self._part_storage(s, kinds.get(s, "input")) for s in numbers),
@@ -175,10 +208,9 @@ class Blocks:
             part=part,
             numbers=tuple(numbers),
             behind=before.reads,
-            held=frozenset(numbers[s] for s in held),
-            held_bytes=self._bytes(s for s in held if s not in self.graph.outputs),
+            held=frozenset(numbers[s] for s in made if s in self._held),
             inflow_bytes=self._bytes(inflow),
-            gradient_bytes=self._bytes(gradients),
+            twice_bytes=self._bytes(self.passing(last, last) - passing),
         )
 
     def _bytes(self, storages: Iterable[int]) -> int:

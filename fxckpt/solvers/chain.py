@@ -13,10 +13,10 @@ With segments s … t, a budget m and the input of s there, the least extra time
 
 Without choices and blocks of several segments this is the recurrence of Beaumont, Eyraud-Dubois, Herrmann, Joly and
 Shilova, "Optimal checkpointing for heterogeneous chains" (2019), hal-02352969; choices a segment are from Zhao et al.,
-"Rockmate" (2023), arXiv:2307.01236. m is net of what is there whatever is decided: gradients of the parameters of later
-segments, and pinned storages of segments up to t. W(u, t) is by how much that differs between t and u − 1. So C depends
-only on what kinds of segments stand in a row, and equal rows share one table. A last segment that ends the chain runs
-forward for the first time, which is not extra.
+"Rockmate" (2023), arXiv:2307.01236. m is net of what is there whatever is decided while t runs backward: gradients of
+the parameters of later segments, pinned storages of segments up to t, what flows past. W(u, t) is by how much more that
+is while u − 1 runs. So C depends only on what kinds of segments stand in a row, and equal rows share one table. A row
+that ends the chain runs forward for the first time, which is not extra.
 
 Memory is counted in slots; shifts round to the nearest slot, since every schedule is simulated in the end.
 """
@@ -44,7 +44,8 @@ class Link:
         kind: equal for segments that are alike.
         boundary_bytes: what crosses the cut before it [B].
         inflow_bytes: gradients that flow into its backward [B].
-        weight_bytes: W of this segment: gradients that stay after its backward, less pinned storages it writes [B].
+        weight_bytes: W of this segment: by how much what is there whatever is decided grows from its backward to that
+            of the segment before [B].
         forward_us: time of making the next boundary from its input once more [µs].
         forward_peak_bytes: most bytes during that, its input not counted [B].
     """

@@ -59,11 +59,10 @@ class Curve:
         for block in self._blocks.values():
             if block.key not in prices:
                 prices[block.key] = BlockCost(block.choices(fineness.choices), *block.backward_only())
-        singles = [self._blocks[i, i] for i in range(count)]
-        held_bytes = sum(block.held_bytes for block in singles)
-        self._base_bytes = graph.static_bytes + _bytes(graph, graph.outputs) + held_bytes
+        rest_bytes = blocks.rest_bytes()
+        self._base_bytes = graph.static_bytes + blocks.lasting_bytes() + rest_bytes[-1]
         self._chain = Chain(
-            _links(graph, segments, singles),
+            _links(graph, segments, [self._blocks[i, i] for i in range(count)], rest_bytes),
             {where: prices[block.key] for where, block in self._blocks.items()},
             most_bytes=most_bytes - self._base_bytes,
             slots=fineness.slots,
@@ -99,22 +98,22 @@ class Curve:
         return self._timelines[slot]
 
 
-def _links(graph: Graph, segments: Segments, singles: list[Block]) -> tuple[Link, ...]:
+def _links(graph: Graph, segments: Segments, singles: list[Block], rest_bytes: list[int]) -> tuple[Link, ...]:
     """The segments as the chain sees them."""
     links: list[Link] = []
     kinds: dict[object, int] = {}
     forward: dict[object, tuple[float, int]] = {}
-    for boundary, block in zip(segments.boundaries, singles, strict=False):
-        if block.key not in kinds:
-            kinds[block.key] = len(kinds)
+    for index, block in enumerate(singles):
+        weight_bytes = rest_bytes[index - 1] - rest_bytes[index] if index else 0
+        if block.key not in forward:
             forward[block.key] = block.forward_only()
         time_us, peak_bytes = forward[block.key]
         links.append(
             Link(
-                kind=kinds[block.key],
-                boundary_bytes=_bytes(graph, boundary),
+                kind=kinds.setdefault((block.key, weight_bytes), len(kinds)),
+                boundary_bytes=_bytes(graph, segments.boundaries[index]),
                 inflow_bytes=block.inflow_bytes,
-                weight_bytes=block.gradient_bytes - block.held_bytes,
+                weight_bytes=weight_bytes,
                 forward_us=time_us,
                 forward_peak_bytes=peak_bytes,
             )

@@ -16,7 +16,7 @@ from typing import Literal
 from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import Timeline, simulate
-from fxckpt.solvers.backward_order import reordered, restored
+from fxckpt.solvers.backward_order import Reordered, reordered
 from fxckpt.solvers.curve import Curve, Fineness, Prices
 from fxckpt.solvers.keep import fastest_fitting
 from fxckpt.solvers.polish import polish
@@ -43,8 +43,8 @@ class Level:
 
 LEVELS: dict[Effort, Level] = {
     "fast": Level((32,), 48, Fineness(merged=3, choices=8, slots=1500)),
-    "default": Level((32, 12), 80, Fineness(merged=4, choices=16, slots=4000)),
-    "max": Level((48, 32, 20, 12), 128, Fineness(merged=5, choices=32, slots=8000)),
+    "default": Level((32,), 80, Fineness(merged=4, choices=16, slots=4000)),
+    "max": Level((48, 32, 16), 128, Fineness(merged=5, choices=32, slots=8000)),
 }
 
 
@@ -64,7 +64,7 @@ def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedu
     lowest: list[Timeline] = [unchanged]
     for curve, order in _curves(graph, effort):
         for found, into in ((curve.fastest(budget_bytes), starts), (curve.lowest(), lowest)):
-            into += [simulate(graph, restored(found.schedule, order))] if found else []
+            into += [simulate(graph, order.restored(found.schedule))] if found else []
     if not starts:
         floor = _floor(graph, lowest, effort)
         if floor.peak_bytes > budget_bytes:
@@ -85,7 +85,7 @@ def frontier(graph: Graph, *, effort: Effort = "default") -> list[Schedule]:
     """Schedules from the lowest peak to the plain step, each faster than the one before: the whole curve at once."""
     found = [simulate(graph, plain(graph))]
     for curve, order in _curves(graph, effort):
-        found += [simulate(graph, restored(t.schedule, order)) for t in curve.timelines()]
+        found += [simulate(graph, order.restored(t.schedule)) for t in curve.timelines()]
     found.sort(key=lambda t: (t.peak_bytes, t.step_us))
     best: list[Timeline] = []
     for timeline in found:
@@ -94,26 +94,25 @@ def frontier(graph: Graph, *, effort: Effort = "default") -> list[Schedule]:
     return [timeline.schedule for timeline in best]
 
 
-def _curves(graph: Graph, effort: Effort) -> Iterator[tuple[Curve, tuple[int, ...]]]:
+def _curves(graph: Graph, effort: Effort) -> Iterator[tuple[Curve, Reordered]]:
     """A curve for each cutting of the step, with backward as it stands and in a better order; and that order."""
     level = LEVELS[effort]
     prices: Prices = {}
     most_bytes = simulate(graph, plain(graph)).peak_bytes
-    for other, order in _orders(graph):
+    for other in _orders(graph):
         for segments in _cuttings(other, level):
-            yield Curve(other, segments, most_bytes, fineness=level.fineness, prices=prices), order
+            yield Curve(other.graph, segments, most_bytes, fineness=level.fineness, prices=prices), other
 
 
-def _orders(graph: Graph) -> Iterator[tuple[Graph, tuple[int, ...]]]:
-    yield graph, tuple(range(len(graph.ops)))
-    other, order = reordered(graph)
-    if other != graph:
-        yield other, order
+def _orders(graph: Graph) -> Iterator[Reordered]:
+    unchanged = Reordered(graph, tuple(range(len(graph.ops))))
+    yield from dict.fromkeys((unchanged, reordered(graph)))
 
 
-def _cuttings(graph: Graph, level: Level) -> Iterable[Segments]:
+def _cuttings(other: Reordered, level: Level) -> Iterable[Segments]:
     return dict.fromkeys(
-        cut(graph, finer=finer, longest_ops=longest, most_segments=level.most_segments)
+        cut(other.graph, finer=finer, longest_ops=longest, most_segments=level.most_segments, pinned=pinned)
         for longest in level.longest_ops
+        for pinned in (other.held, frozenset[int]())
         for finer in (False, True)
     )

@@ -36,7 +36,13 @@ class Segments:
 
 
 def cut(
-    graph: Graph, *, width: int = 1, finer: bool = False, longest_ops: int = 0, most_segments: int | None = None
+    graph: Graph,
+    *,
+    width: int = 1,
+    finer: bool = False,
+    longest_ops: int = 0,
+    most_segments: int | None = None,
+    pinned: frozenset[int] = frozenset(),
 ) -> Segments:
     """Cut a step into segments.
 
@@ -47,8 +53,9 @@ def cut(
         longest_ops: pin long-lived storages until no segment has more forward ops than this, if that is possible;
             0 pins none.
         most_segments: merge neighbours until there are no more segments than this.
+        pinned: storages to pin in any case.
     """
-    pinned = pinned_storages(graph)
+    pinned |= pinned_storages(graph)
     reach = _forward_reach(graph)
     cuts = _forward_cuts(graph, reach, pinned, width, finer)
     while longest_ops:
