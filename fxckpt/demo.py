@@ -26,7 +26,7 @@ from fxckpt.units import format_bytes, format_us
 _SEED = 1
 _BUDGET_RATIO = 0.4
 _TEXT_LENGTH = 1_000_000
-_LIMIT_S = 100.0
+_LIMIT_S = 95.0
 _FEWEST_STEPS = 10
 _LINES = 12
 

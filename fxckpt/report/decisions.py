@@ -23,16 +23,17 @@ Cause = Literal[
 _TEXTS: dict[Cause, str] = {
     "output": "an output of the model",
     "pinned": "pinned: {detail}",
-    "nested": "kept for its first readers, remade for later ones",
-    "checkpoint": "a checkpoint: others are remade from it",
+    "nested": "kept at first, remade later",
+    "checkpoint": "others are remade from it",
     "fits": "it fits",
-    "costly": "costly: {time} to repeat {bytes}",
+    "costly": "costly: {time} for {bytes}",
     "step": "a step in remaking others",
     "cheap": "cheap: {time} frees {bytes}",
     "demanded": "to fit: {time} frees {bytes}",
-    "update": "copied into a buffer when forward ends",
+    "update": "a buffer's new value",
     "unread": "backward does not read it",
 }
+"""Short: the last column of a wide table. Costly: to repeat it would take so long, and free so many bytes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ def module_text(modules: Sequence[str]) -> str:
     """The common form of module paths.
 
     >>> module_text(["blocks.0.mlp", "blocks.1.mlp", "blocks.2.mlp", "blocks.5.mlp"])
-    'blocks.{0-2,5}.mlp (4 times)'
+    'blocks.{0-2,5}.mlp ×4'
     """
     if len(modules) == 1:
         return modules[0] or "(model)"
@@ -91,7 +91,7 @@ def module_text(modules: Sequence[str]) -> str:
     for column in columns:
         distinct = list(dict.fromkeys(column))
         parts.append(distinct[0] if len(distinct) == 1 else "{" + _ranges(sorted(map(int, distinct))) + "}")
-    return f"{'.'.join(parts)} ({len(modules)} times)"
+    return f"{'.'.join(parts)} ×{len(modules)}"
 
 
 def _ranges(numbers: Sequence[int]) -> str:
@@ -126,13 +126,13 @@ def ops_text(graph: Graph, row: Row) -> str:
 
 
 def short_target(target: str) -> str:
-    """The name of an operator without namespace and overload.
+    """The name of an operator without namespace, overload and what marks it as internal.
 
-    >>> short_target("aten.addmm.default")
-    'addmm'
+    >>> short_target("aten.addmm.default"), short_target("aten.native_layer_norm.default")
+    ('addmm', 'layer_norm')
     """
     parts = target.split(".")
-    return parts[1] if len(parts) > 2 else target
+    return (parts[1] if len(parts) > 2 else target).removeprefix("native_").strip("_")
 
 
 def decision_text(row: Row) -> str:

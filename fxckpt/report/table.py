@@ -18,7 +18,7 @@ WIDTH = 140
 """Characters in the longest line."""
 
 _COLUMNS = ("module", "source", "op", "bytes", "time", "runs", "decision", "reason")
-_NARROWEST = {"op": 12, "reason": 33, "source": 16, "module": 22}
+_NARROWEST = {"op": 12, "reason": 30, "source": 16, "module": 22}
 """Columns that are cut where lines are too long, in this order, and how far."""
 
 

@@ -236,8 +236,8 @@ def test_sources_never_show_where_libraries_or_homes_are(monkeypatch: pytest.Mon
     [
         ([""], "(model)"),
         (["head"], "head"),
-        (["h.0", "h.1", "h.3", "h.10"], "h.{0-1,3,10} (4 times)"),
-        (["stage.1.0.conv", "stage.2.0.conv"], "stage.{1-2}.0.conv (2 times)"),
+        (["h.0", "h.1", "h.3", "h.10"], "h.{0-1,3,10} ×4"),
+        (["stage.1.0.conv", "stage.2.0.conv"], "stage.{1-2}.0.conv ×2"),
     ],
 )
 def test_module_text(modules: list[str], text: str) -> None:
