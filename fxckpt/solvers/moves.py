@@ -119,15 +119,15 @@ def idle_at(tape: Tape, storage: int, slot: int) -> Idle | None:
     return Idle(storage, max(births[number], readers[i - 1] if i else -1), until)
 
 
-def remake_us(tape: Tape, idle: Idle, most_us: float) -> float:
+def remake_us(tape: Tape, idle: Idle) -> float:
     """What dropping an idle copy costs: the time of all ops whose results are gone when it is needed again [µs].
 
-    Infinite where something pinned is among them; no more than just over `most_us` is added up.
+    Infinite where something pinned is among them.
     """
     wiring = tape.wiring
     seen = {wiring.producer[idle.storage]}
     pending, total_us = list(seen), 0.0
-    while pending and total_us <= most_us:
+    while pending:
         op = pending.pop()
         if wiring.pinned[op]:
             return float("inf")

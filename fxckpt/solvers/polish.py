@@ -8,33 +8,57 @@ sequence, and any edit that keeps first runs in a legal order is valid, so a loc
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
 from fxckpt.graph import Graph
-from fxckpt.schedule import Schedule
+from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import simulate
-from fxckpt.solvers.anneal import Effort, anneal
+from fxckpt.solvers.anneal import anneal
+from fxckpt.solvers.keep import pinned_storages, schedule_keeping
+from fxckpt.solvers.mincut import KeepProblem
 from fxckpt.solvers.moves import earliest, latest, remove, shift
 from fxckpt.solvers.room import reach
 from fxckpt.solvers.tape import EMPTY, Tape
 from fxckpt.solvers.wiring import Wiring
 
-EffortName = Literal["fast", "default", "max"]
-EFFORTS: dict[EffortName, Effort] = {
-    "fast": Effort(rounds=1, restarts=0, moves=0),
-    "default": Effort(rounds=3, restarts=2, moves=400),
-    "max": Effort(rounds=3, restarts=12, moves=40000),
+_GAP = 4  # empty slots between two steps
+_MOST_OPS = 3000  # of graphs that are worth more than one start
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How long to search.
+
+    Attributes:
+        choices: how many minimum cuts of the whole graph are tried as starts besides the schedule given.
+        annealed: how many of the best starts are searched from.
+        restarts, moves: how often the search begins anew, and how many moves it makes each time.
+    """
+
+    choices: int = 0
+    annealed: int = 0
+    restarts: int = 0
+    moves: int = 0
+
+
+EFFORTS: dict[str, Effort] = {
+    "fast": Effort(),
+    "default": Effort(choices=8, annealed=1, restarts=2, moves=400),
+    "max": Effort(choices=40, annealed=4, restarts=6, moves=3000),
 }
-GAP = 4
 
 
-def polish(graph: Graph, schedule: Schedule, budget_bytes: int, *, effort: EffortName = "default") -> Schedule:
-    """A schedule that is at most as slow and fits the budget, if that can be reached from the one given.
+def polish(
+    graph: Graph, schedule: Schedule, budget_bytes: int, *, effort: Literal["fast", "default", "max"] = "default"
+) -> Schedule:
+    """A schedule that is at most as slow as the one given and fits the budget, if that can be reached.
 
     Args:
         graph: the training step.
-        schedule: a valid schedule of it; its forward part is left as it is.
+        schedule: a valid schedule of it.
         budget_bytes: the most its peak may be, as `simulate` counts [B].
         effort: "fast" takes milliseconds, "default" a second or two for some hundred ops, "max" up to a minute. All
             are bounded by numbers of edits, so the same call always gives the same schedule.
@@ -43,33 +67,40 @@ def polish(graph: Graph, schedule: Schedule, budget_bytes: int, *, effort: Effor
         A valid schedule. If the one given fits, so does the result, and it takes no more time. If it does not, the
         result fits at the price of more recomputation, or has the lowest peak that was met.
     """
-    wiring = Wiring(graph)
-    level = EFFORTS[effort]
-    tape = Tape(wiring, schedule, gap=GAP)
-    if tape.peak_bytes() > budget_bytes:
-        reach(tape, budget_bytes, Random(0))
-    for _ in range(level.rounds):
-        before = tape.step_us
-        tighten(tape)
-        trim(tape, budget_bytes)
-        if tape.step_us >= before:
-            break
-    found = tape.schedule()
-    if level.moves and found.order:
-        found = anneal(wiring, found, budget_bytes, level)
-    return _better(graph, schedule, found, budget_bytes)
+    wiring, level = Wiring(graph), EFFORTS[effort]
+    found = [greedy(wiring, schedule, budget_bytes)]
+    if level.choices and schedule.order and len(graph.ops) <= _MOST_OPS:
+        found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, level.choices)]
+    found.sort(key=lambda one: _rank(graph, one, budget_bytes))
+    for start in found[: level.annealed]:
+        found.append(anneal(wiring, start, budget_bytes, restarts=level.restarts, moves=level.moves))
+    return min(schedule, *found, key=lambda one: _rank(graph, one, budget_bytes))
 
 
-def _better(graph: Graph, first: Schedule, second: Schedule, budget_bytes: int) -> Schedule:
-    """Of two schedules the faster that fits, or the one of lower peak; the first if they are equal."""
+def _rank(graph: Graph, schedule: Schedule, budget_bytes: int) -> tuple[int, float, float]:
+    """The smaller the better: what fits by time, what doesn't by peak."""
+    timeline = simulate(graph, schedule)
+    if timeline.peak_bytes <= budget_bytes:
+        return 0, timeline.step_us, timeline.peak_bytes
+    return 1, timeline.peak_bytes, timeline.step_us
 
-    def rank(schedule: Schedule) -> tuple[int, float, float]:
-        timeline = simulate(graph, schedule)
-        if timeline.peak_bytes <= budget_bytes:
-            return 0, timeline.step_us, timeline.peak_bytes
-        return 1, timeline.peak_bytes, timeline.step_us
 
-    return min(first, second, key=rank)
+def _other_starts(graph: Graph, choices: int) -> Iterator[Schedule]:
+    """The plain step, and what to keep at different prices of a byte, without a look at segments."""
+    yield plain(graph)
+    problem = KeepProblem(graph, {*graph.outputs, *pinned_storages(graph)})
+    for kept in problem.hull(choices):
+        yield schedule_keeping(graph, kept)
+
+
+def greedy(wiring: Wiring, schedule: Schedule, budget_bytes: int) -> Schedule:
+    """Bring a schedule under the budget, tighten it, and drop the repeats that this makes superfluous."""
+    tape = Tape(wiring, schedule, gap=_GAP)
+    reach(tape, budget_bytes, Random(0))
+    tape.commit()
+    tighten(tape)
+    trim(tape, budget_bytes)
+    return tape.schedule()
 
 
 def trim(tape: Tape, budget_bytes: int) -> None:

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from heapq import heapify, heappop, heappush
 from random import Random
 
-from fxckpt.solvers.moves import idle_at, remake, remake_us
+import numpy as np
+
+from fxckpt.solvers.moves import Idle, idle_at, remake, remake_us
 from fxckpt.solvers.tape import Tape
 
 _TRIES = 5
 _SAMPLE = 8
 
 
-def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random) -> bool:
+def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random, *, forbidden: Container[int] = frozenset()) -> bool:
     """Drop an idle copy so that less is in use in `slot`, and nowhere more than `limit_bytes` or the peak so far.
 
-    A few idle copies are drawn and tried in the order of the time it takes to remake them for their bytes. Returns
-    False, with the tape as it was, if none of them will do.
+    A few idle copies are drawn, `forbidden` storages left out, and tried in the order of the time it takes to remake
+    them for what they free. Returns False, with the tape as it was, if none of them will do.
     """
-    drawn = []
-    remakable = tape.wiring.remakable
+    remakable, drawn = tape.wiring.remakable, []
     for _ in range(len(remakable)):
         storage = remakable[int(rng.random() * len(remakable))]
-        price = _price(tape, storage, slot)
-        if price is not None:
-            drawn.append((price, storage))
+        if storage not in forbidden and (idle := idle_at(tape, storage, slot)) is not None:
+            drawn.append((remake_us(tape, idle) / _freed_bytes(tape, idle, limit_bytes), storage))
             if len(drawn) == _SAMPLE:
                 break
     return any(_drop(tape, storage, slot, limit_bytes, rng) for _, storage in sorted(drawn)[:_TRIES])
+
+
+def _freed_bytes(tape: Tape, idle: Idle, limit_bytes: int) -> int:
+    """How much of what is over the limit goes with an idle copy, summed over the slots; its size if that is more."""
+    size = tape.wiring.sizes[idle.storage]
+    over = tape.live[idle.since + 1 : idle.until] - limit_bytes
+    return max(int(np.clip(over, 0, size, out=over).sum()), size)
 
 
 def _drop(tape: Tape, storage: int, slot: int, limit_bytes: int, rng: Random) -> bool:
@@ -43,9 +51,9 @@ def _drop(tape: Tape, storage: int, slot: int, limit_bytes: int, rng: Random) ->
 
 
 def _price(tape: Tape, storage: int, slot: int) -> float | None:
-    """Time to remake a storage that is idle in a slot for each of its bytes [µs/B]; None if it isn't."""
+    """Time to remake a storage that is idle in a slot, for each of its bytes [µs/B]; None if it isn't idle."""
     idle = idle_at(tape, storage, slot)
-    return None if idle is None else remake_us(tape, idle, float("inf")) / tape.wiring.sizes[storage]
+    return None if idle is None else remake_us(tape, idle) / tape.wiring.sizes[storage]
 
 
 def reach(tape: Tape, budget_bytes: int, rng: Random) -> bool:
@@ -54,21 +62,18 @@ def reach(tape: Tape, budget_bytes: int, rng: Random) -> bool:
     The copies that are idle at the peak are priced once, and again only when their turn comes, since dropping others
     rarely makes them cheaper (lazy greedy, Minoux 1978).
     """
-    for _ in range(4 * len(tape.slots)):
-        if tape.peak_bytes() <= budget_bytes:
-            return True
+    while tape.peak_bytes() > budget_bytes:
         slot = int(tape.live.argmax())
-        queue = [(p, s) for s in tape.wiring.remakable if (p := _price(tape, s, slot)) is not None]
-        heapify(queue)
         before = int(tape.live[slot])
+        queue = [(price, s) for s in tape.wiring.remakable if (price := _price(tape, s, slot)) is not None]
+        heapify(queue)
         while queue and tape.live[slot] > budget_bytes:
             price, storage = heappop(queue)
             now = _price(tape, storage, slot)
             if now is not None and now > price and queue and now > queue[0][0]:
                 heappush(queue, (now, storage))
-                continue
-            if now is not None:
+            elif now is not None:
                 _drop(tape, storage, slot, budget_bytes, rng)
         if int(tape.live[slot]) >= before:
             return False
-    return False
+    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from random import Random
+from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -13,7 +14,7 @@ from fxckpt.schedule import Schedule, check, plain
 from fxckpt.simulate import simulate
 from fxckpt.solvers.keep import schedule_keeping
 from fxckpt.solvers.moves import remove, shift, window
-from fxckpt.solvers.polish import EffortName, polish
+from fxckpt.solvers.polish import polish
 from fxckpt.solvers.tape import EMPTY, Tape
 from fxckpt.solvers.wiring import Wiring
 from tests.strategies import chain, graphs_with_schedules
@@ -73,7 +74,9 @@ def random_edit(tape: Tape, rng: Random) -> None:
 @pytest.mark.parametrize("effort", ["fast", "default"])
 @settings(max_examples=60, deadline=None)
 @given(case=graphs_with_schedules(), ratio=st.floats(0, 1.1))
-def test_polish_fits_and_is_never_slower(effort: EffortName, case: tuple[Graph, Schedule], ratio: float) -> None:
+def test_polish_fits_and_is_never_slower(
+    effort: Literal["fast", "default"], case: tuple[Graph, Schedule], ratio: float
+) -> None:
     graph, schedule = case
     before = simulate(graph, schedule)
     budget_bytes = int(graph.static_bytes + ratio * (before.peak_bytes - graph.static_bytes))
