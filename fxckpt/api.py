@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxckpt.compile import COST_MODELS, Budget, Options, free_bytes, make_plan, profile_step
-from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.errors import BudgetError, FxckptError, SolverError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
 from fxckpt.plans import Plan
@@ -166,7 +166,7 @@ def _options(
     if cost_model not in COST_MODELS:
         raise BudgetError(f"there is no cost model {cost_model!r}; choose one of {', '.join(COST_MODELS)}")
     if isinstance(solver, str) and solver not in SOLVERS:
-        raise FxckptError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+        raise SolverError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
     if isinstance(reserve_bytes, bool) or not isinstance(reserve_bytes, int) or reserve_bytes < 0:
         raise BudgetError(f"reserve must be a number of bytes, zero or more, not {reserve!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,14 +69,14 @@ def profile_step(
     *,
     forward: Callable[..., Any],
     gradients_allocated: bool,
-    differentiated: frozenset[int] | None = None,
+    tangents: Mapping[int, tuple[int, ...]] | None = None,
 ) -> Profile:
     """Capture a step and attach bytes and times to it.
 
     Raises:
         CaptureError: the model can't be captured as one graph.
     """
-    joint = capture(model, args, kwargs, forward=forward, differentiated=differentiated)
+    joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
     profile = build(joint, cost_model(options, joint))
     graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=options.reserve_bytes)
     return replace(profile, graph=graph)

@@ -96,7 +96,7 @@ class Planner:
         self.latest: Plan | None = None
         self.forward = functools.partial(Planner.call, self)
         functools.update_wrapper(self.forward, plain.forward)  # inspect.signature sees the model's own arguments
-        self._entries: dict[Signature, _Entry | None] = {}
+        self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
         self._lock = threading.Lock()
         self._watch = watch(plain)
 
@@ -129,21 +129,33 @@ class Planner:
         if self._watch.changed():
             self._watch, self._entries = watch(self.plain), {}
         signature = self._watch.signature(tensors, structure)
-        if signature not in self._entries:
+        key = (signature, self._watch.gradients_allocated())
+        if key not in self._entries:
             with self._lock:
-                if signature not in self._entries:
-                    self._entries[signature] = self._make_entry(tensors, args, kwargs)
-        return self._entries[signature]
+                if key not in self._entries:
+                    self._entries[key] = self._make_entry(key, tensors, args, kwargs)
+        return self._entries[key]
 
-    def _make_entry(self, tensors: list[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> _Entry | None:
+    def _make_entry(
+        self,
+        key: tuple[Signature, bool],
+        tensors: list[torch.Tensor],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> _Entry | None:
         """Capture and plan; None where there is nothing to differentiate."""
         self._watch.check()
         if not any(t.requires_grad for t in (*tensors, *self.plain.parameters())):
             return None
-        allocated = self._watch.gradients_allocated()
-        profile = profile_step(
-            self.plain, args, kwargs, self.options, forward=self.plain.forward, gradients_allocated=allocated
-        )
+        signature, allocated = key
+        twin = self._entries.get((signature, not allocated))
+        if twin is not None:  # the same step, its gradients accounted for in the other way
+            profile = twin.expected.profile
+            profile = replace(profile, graph=profile.graph.with_gradients(allocated))
+        else:
+            profile = profile_step(
+                self.plain, args, kwargs, self.options, forward=self.plain.forward, gradients_allocated=allocated
+            )
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
         compiled = self._compile(profile, self.options)
@@ -186,11 +198,12 @@ class Planner:
     def _recapture(
         self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
     ) -> Compiled:
-        """Capture and plan the step with backward starting from the outputs `present`."""
+        """Capture and plan the step with backward starting from the tangents `present`."""
         options = self.options
         if options.plan is not None:  # it was made for the other outputs
             options = replace(options, plan=None, budget=options.plan.budget_bytes)
         outputs = ran.profile.joint.roles.outputs
+        numbered = {outputs[index].tangent_number: stride for index, stride in present}
         with torch.enable_grad():
             profile = profile_step(
                 self.plain,
@@ -199,6 +212,6 @@ class Planner:
                 options,
                 forward=self.plain.forward,
                 gradients_allocated=entry.gradients_allocated,
-                differentiated=frozenset(n for i in present if (n := outputs[i].tangent_number) is not None),
+                tangents={number: stride for number, stride in numbered.items() if number is not None},
             )
         return self._compile(profile, options)

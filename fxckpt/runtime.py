@@ -15,18 +15,20 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch.autograd.function import FunctionCtx
 
+from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
 from fxckpt.rewrite.split import Emitted
 
-Tangents = frozenset[int]
-"""Which outputs (indices into `Roles.outputs`) backward starts from."""
+Tangents = frozenset[tuple[int, tuple[int, ...]]]
+"""What backward starts from: indices into `Roles.outputs`, and the layouts of their tangents."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,12 @@ class Program:
     roles: Roles
     emitted: Emitted
 
-    @property
+    @cached_property
     def tangents(self) -> Tangents:
-        """The outputs that backward starts from."""
-        return frozenset(self.emitted.tangents)
+        """The tangents that backward starts from."""
+        outputs = self.roles.outputs
+        traced = {i: o.tangent.meta["val"] for i, o in enumerate(outputs) if o.tangent is not None}
+        return frozenset((i, layout_of(traced[i])) for i in self.emitted.tangents)
 
     def updated(self) -> tuple[int, ...]:
         """Indices of the inputs that forward changes."""
@@ -113,22 +117,22 @@ class _Step:
         return values[first:last]
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Remember the versions of outputs, some of which backward may read."""
-        self._watched = [(weakref.ref(output), output._version) for output in outputs]
+        """Remember the versions of the outputs that backward reads."""
+        read = (outputs[i] for i in self._program.emitted.read_outputs)
+        self._watched = [(weakref.ref(output), output._version) for output in read]
 
     def start_backward(self, tangents: list[torch.Tensor | None]) -> None:
         """Begin a backward from these tangents (None for outputs that nobody differentiated)."""
         self._check_backward()
         assert self._saved is not None
-        present = frozenset(i for i, tangent in enumerate(tangents) if tangent is not None)
+        present = frozenset((i, layout_of(tangent)) for i, tangent in enumerate(tangents) if tangent is not None)
         program = self._program if present == self._program.tangents else self._backward_for(present)
-        emitted, outputs = program.emitted, program.roles.outputs
+        emitted = program.emitted
         boxed = list(self._saved)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             self._saved = None
         boxed += [self._given[i] for i in emitted.given]
-        for index in emitted.tangents:
-            boxed.append(_as_traced(tangents[index], outputs[index].tangent))
+        boxed += [t for i in emitted.tangents if (t := tangents[i]) is not None]
         tangents.clear()
         self._running = emitted.backward.forward(boxed)
 
@@ -159,8 +163,9 @@ class _Step:
             output = reference()
             if output is not None and output._version != version:
                 raise RuntimeContractError(
-                    "an output of the model was changed in place between forward and backward, which may need its old "
-                    "value. Clone it first"
+                    "an output of the model was changed in place between forward and backward, which needs its old "
+                    "value. "
+                    "Clone it first"
                 )
 
     def finish_stage(self, index: int, count: int) -> tuple[torch.Tensor | None, ...]:
@@ -182,18 +187,6 @@ class _Step:
     def stage_count(self) -> int:
         """How many stages backward has."""
         return len(self._program.emitted.stages)
-
-
-def _as_traced(tangent: torch.Tensor | None, traced: Any) -> torch.Tensor:
-    """The tangent in the type and layout that the graph was captured for."""
-    assert tangent is not None
-    expected = traced.meta["val"]
-    if tangent.dtype != expected.dtype:
-        tangent = tangent.to(expected.dtype)
-    if tangent.stride() != expected.stride():
-        laid_out = torch.empty_strided(expected.shape, expected.stride(), dtype=expected.dtype, device=tangent.device)
-        tangent = laid_out.copy_(tangent)
-    return tangent
 
 
 class _Head(torch.autograd.Function):

@@ -66,7 +66,6 @@ class Watch:
             tuple([module.training for _, module in self.modules]),
             tuple([(p.requires_grad, p.dtype, p.shape, p.device) for p in parameters if p is not None]),
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
-            self.gradients_allocated(),
             tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in self.modules[1:]]),
             _ambient(),
         )
@@ -90,12 +89,22 @@ class Watch:
             RuntimeContractError: a submodule has hooks that a captured graph would not call.
         """
         for name, module in self.modules[1:]:
-            if module._backward_hooks or module._backward_pre_hooks:
-                raise RuntimeContractError(
-                    f"submodule {name!r} has a backward hook, which an optimized module would not call: remove it, "
-                    f"register it on "
-                    "the root module, or use a hook on a tensor or parameter"
-                )
+            for kind in _HOOKS:
+                if not all(map(_is_torch_own, getattr(module, kind).values())):
+                    raise RuntimeContractError(
+                        f"submodule {name!r} has a hook ({kind.strip('_')}), which an optimized module would not call at "
+                        "every step: remove it, register it on the root module, or use a hook on a parameter"
+                    )
+
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+def _is_torch_own(hook: Any) -> bool:
+    """Whether torch registered the hook itself, as weight normalisation does: it is part of what is captured."""
+    return type(hook).__module__.startswith("torch.nn.utils.") or getattr(hook, "__module__", "").startswith(
+        "torch.nn."
+    )
 
 
 def watch(model: nn.Module) -> Watch:

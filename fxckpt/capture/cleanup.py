@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors as aot
+from torch.utils import _pytree as pytree
 
 from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
 from fxckpt.capture.effects import has_effects, is_selection
+from fxckpt.capture.layout import LAID_OUT
+from fxckpt.errors import CaptureError
 
 aten = torch.ops.aten
 
@@ -21,6 +24,8 @@ aten = torch.ops.aten
 def clean(module: fx.GraphModule) -> None:
     """Apply all clean-ups in place and recompile."""
     graph = module.graph
+    _check_layouts(graph)
+    _lay_out_tangents(graph)
     _exact_dropout(graph)
     _drop_copies(graph)
     _merge_views(graph)
@@ -28,6 +33,28 @@ def clean(module: fx.GraphModule) -> None:
     _drop_dead(graph)
     graph.lint()
     module.recompile()
+
+
+def _check_layouts(graph: fx.Graph) -> None:
+    for node in graph.nodes:
+        values = pytree.tree_leaves(node.meta.get("val"))
+        if any(isinstance(value, torch.Tensor) and value.layout is not torch.strided for value in values):
+            place = node.meta.get("custom", {}).get("fxckpt", ("", ""))
+            raise CaptureError(
+                f"{place[1] or node.name} makes a sparse tensor ({node.target}), which can't be planned. Use dense "
+                f"tensors "
+                "(sparse=False in an embedding)"
+            )
+
+
+def _lay_out_tangents(graph: fx.Graph) -> None:
+    """Tangents that arrive in another layout than their output's are given to the graph in it."""
+    for node in list(graph.nodes):
+        if node.target is LAID_OUT:
+            (tangent,) = node.all_input_nodes
+            tangent.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(tangent)
+            graph.erase_node(node)
 
 
 def storage_key(value: Any) -> int | None:

@@ -12,18 +12,19 @@ import functools
 
 import torch
 
-_LIBRARY = torch.library.Library("fxckpt", "DEF")
-_LIBRARY.define(
+from fxckpt.capture.library import LIBRARY
+
+LIBRARY.define(
     "dropout(Tensor x, float p, float scale) -> (Tensor, Tensor)",
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-_LIBRARY.define(
-    "dropout_backward(Tensor grad, Tensor mask, float scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+LIBRARY.define("dropout_backward(Tensor grad, Tensor mask, float scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _dropout(x: torch.Tensor, p: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - p)
+    mask = torch.zeros_like(x, dtype=torch.bool)
+    if p < 1:  # else eager draws nothing
+        mask.bernoulli_(1 - p)
     return x.mul(mask).mul_(scale), mask
 
 
@@ -31,8 +32,8 @@ def _dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> t
     return grad.mul(mask).mul_(scale)
 
 
-_LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 DROPOUT = torch.ops.fxckpt.dropout.default
 DROPOUT_BACKWARD = torch.ops.fxckpt.dropout_backward.default

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.failure import explain
+from fxckpt.capture.kernels import own_kernels
+from fxckpt.capture.layout import LAID_OUT, layout_of
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
@@ -83,7 +86,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     forward: Callable[..., Any] | None = None,
-    differentiated: frozenset[int] | None = None,
+    tangents: Mapping[int, tuple[int, ...]] | None = None,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -91,8 +94,9 @@ def capture(
         model: a module, on any device, "meta" too.
         args, kwargs: arguments of the call; tensors in them may be nested.
         forward: what to trace instead of `model.forward`.
-        differentiated: which outputs backward starts from, as numbers of tangents in the order of the graph's tangents;
-            None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all.
+        tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent;
+            None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all,
+            laid out as the outputs are.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -103,7 +107,7 @@ def capture(
     modules = {id(module): name for name, module in model.named_modules()}
     traced = _Traced(model, call, inputs)
     with _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
-        stack.enter_context(_backward_from(traced, differentiated))
+        stack.enter_context(_backward_from(traced, tangents))
         joint = _export(stack, traced, tensors)
     outputs = traced.outputs
     if outputs is None:
@@ -114,7 +118,7 @@ def capture(
 
 
 @contextlib.contextmanager
-def _backward_from(traced: _Traced, differentiated: frozenset[int] | None) -> Iterator[None]:
+def _backward_from(traced: _Traced, tangents: Mapping[int, tuple[int, ...]] | None) -> Iterator[None]:
     """Let the traced backward start from some outputs only.
 
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
@@ -125,13 +129,20 @@ def _backward_from(traced: _Traced, differentiated: frozenset[int] | None) -> It
     def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename != graph_capture_wrappers.__file__:
             return original(outputs, inputs, grad_outputs, **options)
-        chosen = _likely_differentiated(traced.outputs, outputs) if differentiated is None else differentiated
+        chosen = _likely_differentiated(traced.outputs, outputs) if tangents is None else tangents
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
-        grad_outputs = [t for i, t in enumerate(grad_outputs) if i in chosen]
+        grad_outputs = [_as_given(t, i, tangents or {}) for i, t in enumerate(grad_outputs) if i in chosen]
         return original(outputs, inputs, grad_outputs, **options)
 
     with mock.patch("torch.autograd.grad", grad):
         yield
+
+
+def _as_given(tangent: torch.Tensor, number: int, tangents: Mapping[int, tuple[int, ...]]) -> torch.Tensor:
+    stride = tangents.get(number, tangent.stride())
+    if layout_of(tangent) == layout_of(tangent.new_empty_strided(tangent.shape, stride)):
+        return tangent
+    return LAID_OUT(tangent, stride)  # type: ignore[no-any-return]
 
 
 def _likely_differentiated(structure: Structure | None, outputs: Sequence[torch.Tensor]) -> frozenset[int]:
@@ -157,6 +168,9 @@ def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Te
     """
     stack.enter_context(mock.patch("torch.compiler._is_compiling_flag", True))
     stack.enter_context(torch.enable_grad())
+    stack.enter_context(own_kernels())
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")  # what the model has to say it says when it runs
     stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast
     try:
         with contextlib.ExitStack() as attempt:
@@ -183,22 +197,28 @@ def _unchanged(model: nn.Module, traced: _Traced) -> Iterator[None]:
         yield
         lifted = {(id(owner), name) for owner, name in traced.attributes}
         for module, attributes in before.items():
+            if type(module).__module__.startswith("torch.nn."):
+                continue  # recurrent modules list their parameters anew
             for name, value in vars(module).items():
-                if (
-                    value is not attributes.get(name)
-                    and (id(vars(module)), name) not in lifted
-                    and _holds_tensor(value)
-                ):
+                known = (id(vars(module)), name) in lifted or _same(value, attributes.get(name))
+                if not known and _holds_tensor(value):
                     raise CaptureError(
                         f"forward stores a tensor in attribute {name!r} of {type(module).__name__}. The optimized "
-                        f"module can't "
-                        "repeat that: return the tensor instead, or register it as a buffer and update it in place"
+                        "module can't repeat that: return the tensor instead, or register it as a buffer and update it "
+                        "in place"
                     )
     finally:
         torch.set_rng_state(state)
         for module, attributes in before.items():
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _same(new: Any, old: Any) -> bool:
+    """Whether an attribute is what it was: the same object, or a list of the same objects."""
+    if isinstance(new, (list, tuple)) and isinstance(old, (list, tuple)) and len(new) == len(old):
+        return all(map(_same, new, old))
+    return new is old
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -30,13 +30,15 @@ class Input:
     """One tensor that the step is given: its placeholder, and where to find it at run time.
 
     `path` is the path of a parameter or buffer; `update` the node whose value is copied into it when forward ends;
-    `gradient` the node of its gradient.
+    `gradient` the node of its gradient. An input that requires grad may have no gradient, if backward does not reach
+    it.
     """
 
     node: fx.Node
     kind: InputKind
     path: str = ""
     index: int = -1
+    requires_grad: bool = False
     update: fx.Node | None = None
     gradient: fx.Node | None = None
 
@@ -105,8 +107,10 @@ def _inputs(placeholders: dict[Any, fx.Node], produced: dict[Any, fx.Node | None
         if isinstance(desc, aot.TangentAOTInput):
             continue
         kind, path, index = _source(desc)
-        update = produced.get(aot.InputMutationAOTOutput(desc))
-        inputs.append(Input(node, kind, path, index, update, produced.get(aot.GradAOTOutput(desc))))
+        update, gradient = aot.InputMutationAOTOutput(desc), aot.GradAOTOutput(desc)
+        inputs.append(
+            Input(node, kind, path, index, gradient in produced, produced.get(update), produced.get(gradient))
+        )
     return tuple(inputs)
 
 

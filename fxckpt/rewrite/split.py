@@ -7,7 +7,7 @@ that. Values that backward needs become outputs of the forward graph and inputs 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Emitted:
         given: indices of the inputs that backward reads.
         tangents: indices of the outputs whose tangents backward takes.
         stages: what is yielded when.
+        read_outputs: indices of the outputs that backward reads, so that the caller must not change them in place.
     """
 
     forward: fx.GraphModule
@@ -53,18 +54,26 @@ class Emitted:
     given: tuple[int, ...]
     tangents: tuple[int, ...]
     stages: tuple[Stage, ...]
+    read_outputs: tuple[int, ...]
 
 
 def stages_of(profile: Profile, schedule: Schedule) -> tuple[Stage, ...]:
-    """The stages of backward: which inputs' gradients leave after which step."""
+    """The stages of backward: which inputs' gradients leave after which step.
+
+    The last stage has the inputs without a gradient too: a backward from other outputs may give them one.
+    """
     owners: dict[int, list[int]] = {}
     for index, given in enumerate(profile.joint.roles.inputs):
         if given.gradient is not None:
             owners.setdefault(profile.map.behind[given.gradient], []).append(index)
-    return tuple(
+    stages = [
         Stage(delivery.step, tuple(index for storage in delivery.gradients for index in owners[storage]))
         for delivery in schedules.deliveries(profile.graph, schedule)
-    )
+    ]
+    inputs = profile.joint.roles.inputs
+    rest = tuple(i for i, given in enumerate(inputs) if given.requires_grad and given.gradient is None)
+    stages[-1] = replace(stages[-1], inputs=stages[-1].inputs + rest)
+    return tuple(stages)
 
 
 def emit(profile: Profile, schedule: Schedule) -> Emitted:
@@ -97,6 +106,7 @@ def emit(profile: Profile, schedule: Schedule) -> Emitted:
         given=given_indices,
         tangents=second.tangents,
         stages=stages,
+        read_outputs=second.read_outputs(),
     )
 
 
@@ -272,6 +282,12 @@ class Writer:
             handed_out.add(node)
         self.graph.output(tuple(values))
         _drop_unused(self.graph)
+
+    def read_outputs(self) -> tuple[int, ...]:
+        """Indices of the outputs whose storages are among the saved values."""
+        behind = self._profile.map.behind
+        saved = {behind[node.meta["fxckpt_node"]] for node in self.saved if "fxckpt_node" in node.meta}
+        return tuple(i for i, o in enumerate(self._profile.joint.roles.outputs) if behind[o.node] in saved)
 
     def place_tangents(self) -> None:
         """Make placeholders for the tangents."""

@@ -133,8 +133,12 @@ def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> 
         if node in handed_over and handed_over[node] in holder:
             holder[node] = holder[handed_over[node]]
             holder[node].dies = max(holder[node].dies, split)
-        elif captured is None or captured not in profile.map.behind:
+        elif captured is None:
             continue
+        elif captured not in profile.map.behind:  # a list of views of one storage
+            holders = [holder[n] for n in node.all_input_nodes if n in holder]
+            if "fxckpt_step" not in node.meta and holders:
+                holder[node] = holders[0]
         elif node.op == "placeholder":
             storage = profile.map.behind[captured]
             if graph.storages[storage].kind not in RESIDENT:

@@ -1,0 +1,52 @@
+"""Trace torch's own kernels where torch would trace a rewritten form of them.
+
+While AOTAutograd traces, Python implementations registered for a few composite ops take the place of the C++ kernels.
+For compilers they are equivalent; bit for bit they are not (interpolation, recurrent layers). They are put aside for
+the duration of a capture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._C import DispatchKey
+
+_REWRITTEN = (
+    "upsample_",
+    "_upsample_",
+    "lstm",
+    "gru",
+    "rnn_tanh",
+    "rnn_relu",
+    "multi_margin_loss",
+    "multilabel_margin",
+)
+_KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
+
+
+@contextlib.contextmanager
+def own_kernels() -> Iterator[None]:
+    """Put the Python implementations aside, and back."""
+    aside: list[tuple[Any, DispatchKey, Any]] = []
+    for overload in _rewritten_overloads():
+        for key in _KEYS:
+            if key in overload.py_kernels:
+                aside.append((overload, key, overload.py_kernels.pop(key)))
+        overload._dispatch_cache.clear()
+    try:
+        yield
+    finally:
+        for overload, key, kernel in aside:
+            overload.py_kernels[key] = kernel
+            overload._dispatch_cache.clear()
+
+
+def _rewritten_overloads() -> Iterator[Any]:
+    for name in dir(torch.ops.aten):
+        if name.startswith(_REWRITTEN):
+            packet = getattr(torch.ops.aten, name)
+            for overload in packet.overloads():
+                yield getattr(packet, overload)

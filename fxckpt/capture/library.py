@@ -1,0 +1,7 @@
+"""The namespace of fxckpt's own operators."""
+
+from __future__ import annotations
+
+import torch
+
+LIBRARY = torch.library.Library("fxckpt", "DEF")
