@@ -156,13 +156,16 @@ def runs_text(row: Row) -> str:
 
 
 def reason_text(graph: Graph, row: Row) -> str:
-    """Why: the reason behind most of the bytes, with the times and bytes of all tensors that share it."""
+    """Why: the reason behind most of the bytes, with the times and bytes of all tensors that share it.
+
+    That some are only steps in remaking others is said where there is nothing else to say.
+    """
     causes: dict[tuple[Cause, str], list[tuple[int, Decision]]] = {}
     for storage, decision in zip(row.storages, row.decisions, strict=True):
-        if decision.cause != "unread":
+        if decision.cause not in ("unread", "step"):
             causes.setdefault((decision.cause, decision.detail), []).append((storage, decision))
     if not causes:
-        return "-"
+        return reason("step", 0.0, 0) if any(d.cause == "step" for d in row.decisions) else "-"
     (cause, detail), members = max(
         causes.items(), key=lambda item: sum(graph.storages[storage].size_bytes for storage, _ in item[1])
     )
