@@ -112,7 +112,7 @@ def trim(tape: Tape, budget_bytes: int) -> None:
             continue
         mark = tape.mark()
         remove(tape, slot)
-        if tape.peak_bytes() > limit_bytes:
+        if tape.risen_bytes() > limit_bytes:
             tape.undo(mark)
     tape.commit()
 
@@ -136,9 +136,9 @@ def tighten(tape: Tape) -> None:
 
 
 def _shift_if_smaller(tape: Tape, slot: int, target: int, limit_bytes: int) -> bool:
-    mark, before = tape.mark(), int(tape.live.sum())
+    mark, before = tape.mark(), tape.area
     shift(tape, slot, target)
-    if tape.peak_bytes() <= limit_bytes and int(tape.live.sum()) < before:
+    if tape.risen_bytes() <= limit_bytes and tape.area < before:
         return True
     tape.undo(mark)
     return False

@@ -13,6 +13,7 @@ from fxckpt.solvers.tape import Tape
 
 _TRIES = 5
 _SAMPLE = 8
+_MOST_PRICED = 2_000_000  # copies that are priced before the greedy pass gives up
 
 
 def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random, *, forbidden: Container[int] = frozenset()) -> bool:
@@ -57,12 +58,14 @@ def _price(tape: Tape, storage: int, slot: int) -> float | None:
 
 
 def reach(tape: Tape, budget_bytes: int, rng: Random) -> bool:
-    """Make room where most is in use, always for the least time, until the peak fits the budget; False if it can't be.
+    """Make room where most is in use, always for the least time, until the peak fits; False if it does not.
 
     The copies that are idle at the peak are priced once, and again only when their turn comes, since dropping others
     rarely makes them cheaper (lazy greedy, Minoux 1978).
     """
-    while tape.peak_bytes() > budget_bytes:
+    priced = 0
+    while tape.peak_bytes() > budget_bytes and priced < _MOST_PRICED:
+        priced += len(tape.wiring.remakable)
         slot = int(tape.live.argmax())
         before = int(tape.live[slot])
         queue = [(price, s) for s in tape.wiring.remakable if (price := _price(tape, s, slot)) is not None]
@@ -75,5 +78,5 @@ def reach(tape: Tape, budget_bytes: int, rng: Random) -> bool:
             elif now is not None:
                 _drop(tape, storage, slot, budget_bytes, rng)
         if int(tape.live[slot]) >= before:
-            return False
-    return True
+            break
+    return tape.peak_bytes() <= budget_bytes

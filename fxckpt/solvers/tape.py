@@ -35,6 +35,7 @@ class Tape:
         births: for each storage the slots in which a copy is born, ascending; none for what only a repeat reads.
         hold: for each storage the slot up to which something other than an op keeps its first copy, or -1.
         live: bytes in use in each slot [B].
+        area: the sum of `live` [B].
         step_us: time of the schedule [µs].
     """
 
@@ -67,9 +68,11 @@ class Tape:
         self._least_hold = self.hold
         self._hold_outputs()
         self.live = self._live_bytes()
+        self.area = int(self.live.sum())
         self.step_us = sum(wiring.times_us[op] for op in schedule.order)
         self._journal: list[tuple[int, int]] = []  # (op, slot) put in, (~op, slot) taken out
         self._stale = False
+        self._risen = self._nowhere = (self.end + 1, 0)
 
     def _hold_outputs(self) -> None:
         """Outputs stay to the end, updates to the end of forward, gradients until they are handed over."""
@@ -155,6 +158,11 @@ class Tape:
         self._settle()
         return int(self.live.max())
 
+    def risen_bytes(self) -> int:
+        """The most bytes in use [B] in the slots where edits since the last mark may have added some; else 0."""
+        self._settle()
+        return int(self.live[slice(*self._risen)].max(initial=0))
+
     def repeated(self) -> list[tuple[int, int]]:
         """All repeats as pairs (op, slot)."""
         return [(op, slot) for op, runs in enumerate(self.runs) for slot in runs[1:]]
@@ -179,7 +187,8 @@ class Tape:
         self._take(op, slot)
 
     def mark(self) -> int:
-        """A point to which `undo` can return."""
+        """A point to which `undo` can return, and from which on `risen_bytes` looks."""
+        self._risen = self._nowhere
         return len(self._journal)
 
     def undo(self, mark: int) -> None:
@@ -190,35 +199,43 @@ class Tape:
                 self._take(op, slot)
             else:
                 self._put(~op, slot)
+        self._settle()
 
     def commit(self) -> None:
         """Forget how to undo."""
         self._journal.clear()
 
+    def _add(self, low: int, high: int, size_bytes: int) -> None:
+        """So many bytes more, or fewer, in slots low..high-1."""
+        if low < high:
+            self.live[low:high] += size_bytes
+            self.area += size_bytes * (high - low)
+            if size_bytes > 0:
+                self._risen = min(self._risen[0], low), max(self._risen[1], high)
+
     def _put(self, op: int, slot: int) -> None:
-        wiring, live = self.wiring, self.live
+        wiring = self.wiring
         self.slots[slot] = op
         self.step_us += wiring.times_us[op]
         if wiring.workspace_bytes[op]:
-            live[slot] += wiring.workspace_bytes[op]
+            self._add(slot, slot + 1, wiring.workspace_bytes[op])
         for storage in wiring.reads[op]:
-            readers = self.readers[storage]
-            if wiring.sizes[storage] and (last := self._last_use(storage, slot)) < slot:
-                live[last + 1 : slot + 1] += wiring.sizes[storage]
-            insort(readers, slot)
+            if size := wiring.sizes[storage]:
+                self._add(self._last_use(storage, slot) + 1, slot + 1, size)
+            insort(self.readers[storage], slot)
         self._rewrite(op, slot, add=True)
 
     def _take(self, op: int, slot: int) -> None:
-        wiring, live = self.wiring, self.live
+        wiring = self.wiring
         self.slots[slot] = EMPTY
         self.step_us -= wiring.times_us[op]
         if wiring.workspace_bytes[op]:
-            live[slot] -= wiring.workspace_bytes[op]
+            self._add(slot, slot + 1, -wiring.workspace_bytes[op])
         for storage in wiring.reads[op]:
             readers = self.readers[storage]
             del readers[bisect_left(readers, slot)]
-            if wiring.sizes[storage] and (last := self._last_use(storage, slot)) < slot:
-                live[last + 1 : slot + 1] -= wiring.sizes[storage]
+            if size := wiring.sizes[storage]:
+                self._add(self._last_use(storage, slot) + 1, slot + 1, -size)
         self._rewrite(op, slot, add=False)
 
     def _last_use(self, storage: int, slot: int) -> int:
@@ -255,11 +272,11 @@ class Tape:
             for number in numbers if size else ():
                 if number < len(self.runs[op]):
                     born, dies = self._copy(storage, number)
-                    self.live[born : dies + 1] += size
+                    self._add(born, dies + 1, size)
 
     def _rewrite_repeat(self, op: int, slot: int, number: int, *, sign: int) -> None:
         """What a repeat changes: the copy before dies at its last reader, and a new one is there up to the next run."""
-        runs, live = self.runs[op], self.live
+        runs = self.runs[op]
         rest = number if number < len(runs) and runs[number] != slot else number + 1
         born, until = runs[number - 1], runs[rest] if rest < len(runs) else self.end + 1
         for storage in self.wiring.writes[op]:
@@ -274,31 +291,31 @@ class Tape:
             j = bisect_left(readers, until)
             last = readers[j - 1] if j > i else slot
             if dies >= slot:  # something holds the copy before: there are two of them
-                live[slot : min(dies, last) + 1] += size
+                self._add(slot, min(dies, last) + 1, size)
             elif j > i:
-                live[dies + 1 : slot] -= size
+                self._add(dies + 1, slot, -size)
             else:
-                live[slot] += size
+                self._add(slot, slot + 1, size)
 
     def _replay(self, op: int, before: tuple[int, int] | None, after: tuple[int, int] | None) -> None:
         """State that repeats of an op read is there from its first run to its last, if there are two."""
         size = self.wiring.replay_bytes[op]
         if before != after:
             if before:
-                self.live[before[0] : before[1] + 1] -= size
+                self._add(before[0], before[1] + 1, -size)
             if after:
-                self.live[after[0] : after[1] + 1] += size
+                self._add(after[0], after[1] + 1, size)
 
     def _settle(self) -> None:
         """Where gradients are handed over has changed: give the first copies their new ends."""
         if not self._stale:
             return
         self._stale = False
-        sizes, live = self.wiring.sizes, self.live
         for storage, delivered in self._delivery_slots():
             until = max(delivered, self._least_hold[storage])
             if until != self.hold[storage]:
-                for sign in (-1, 1):
-                    born, dies = self._copy(storage, 0)
-                    live[born : dies + 1] += sign * sizes[storage]
-                    self.hold[storage] = until
+                _, old = self._copy(storage, 0)
+                self.hold[storage] = until
+                _, new = self._copy(storage, 0)
+                self._add(old + 1, new + 1, self.wiring.sizes[storage])
+                self._add(new + 1, old + 1, -self.wiring.sizes[storage])

@@ -48,6 +48,7 @@ def test_edits_keep_the_tape_exact_and_can_be_undone(case: tuple[Graph, Schedule
     for _ in range(12):
         random_edit(tape, rng)
         check(graph, tape.schedule())
+        assert tape.area == tape.live.sum()
         assert_agrees(graph, tape)
     tape.undo(0)
     assert tape.schedule() == schedule
