@@ -102,9 +102,7 @@ _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backw
 
 def _is_torch_own(hook: Any) -> bool:
     """Whether torch registered the hook itself, as weight normalisation does: it is part of what is captured."""
-    return type(hook).__module__.startswith("torch.nn.utils.") or getattr(hook, "__module__", "").startswith(
-        "torch.nn."
-    )
+    return any((getattr(owner, "__module__", None) or "").startswith("torch.nn.") for owner in (type(hook), hook))
 
 
 def watch(model: nn.Module) -> Watch:

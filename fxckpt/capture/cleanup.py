@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
 from fxckpt.capture.effects import has_effects, is_selection
 from fxckpt.capture.layout import LAID_OUT
+from fxckpt.capture.recurrent import RECURRENT
 from fxckpt.errors import CaptureError
 
 aten = torch.ops.aten
@@ -27,6 +28,8 @@ def clean(module: fx.GraphModule) -> None:
     _check_layouts(graph)
     _lay_out_tangents(graph)
     _exact_dropout(graph)
+    for node in graph.nodes:
+        node.target = RECURRENT.get(node.target, node.target)
     _drop_copies(graph)
     _merge_views(graph)
     _own_gradients(graph)

@@ -22,6 +22,9 @@ from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 3, 20, 10_000.0
 _MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations
 
+_OPAQUE_INPUTS = ("_rnn_layer", "_cudnn_rnn", "_miopen_rnn")
+"""Ops that take a buffer in a private format from another op: made-up contents crash them."""
+
 _WORKSPACE_BYTES: dict[tuple[str, int], int] = {}
 _TIME_US: dict[tuple[str, int], float] = {}
 
@@ -71,7 +74,9 @@ class _Call:
 
     @classmethod
     def of(cls, node: fx.Node) -> _Call | None:
-        """The call of a node, or None if it fails with made-up values."""
+        """The call of a node, or None if it can't be made up."""
+        if any(name in str(node.target) for name in _OPAQUE_INPUTS):
+            return None
         made: dict[fx.Node, Any] = {}
         for source in node.all_input_nodes:
             made[source] = pytree.tree_map_only(torch.Tensor, _tensor_like, source.meta["val"])

@@ -128,8 +128,9 @@ class Writer:
         self._profile, self._schedule, self._before = profile, schedule, before
         self._values: dict[fx.Node, fx.Node] = {}
         self._nodes_behind: dict[int, list[fx.Node]] = {}
-        for node, storage in profile.map.behind.items():
-            self._nodes_behind.setdefault(storage, []).append(node)
+        for node in profile.joint.module.graph.nodes:
+            for storage in _storages_viewed(profile, node):
+                self._nodes_behind.setdefault(storage, []).append(node)
         self._executed: set[int] = before._executed if before else set(executed)
         self._replayed: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
         self._repeated = schedule.repeats()
@@ -312,6 +313,15 @@ class Writer:
             if first is not placeholder:
                 first.prepend(placeholder)
         return given
+
+
+def _storages_viewed(profile: Profile, node: fx.Node) -> set[int]:
+    """The storages that a node's tensor, or its list of views, is in."""
+    if node in profile.map.behind:
+        return {profile.map.behind[node]}
+    if node.op != "call_function" or node in profile.map.writes:
+        return set()
+    return {profile.map.behind[source] for source in node.all_input_nodes if source in profile.map.behind}
 
 
 def _ancestry(node: fx.Node) -> set[fx.Node]:
