@@ -7,6 +7,7 @@ than all that it reads, and stays (gradients are fresh), it should run as late a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from fxckpt.graph import RESIDENT, Graph
@@ -31,13 +32,23 @@ class Reordered:
         """A schedule of this graph as one of the original graph."""
         return replace(schedule, order=tuple(self.order[i] for i in schedule.order))
 
+    def then(self, backward: Iterable[int]) -> Reordered:
+        """Once more reordered: `backward` are the indices of this graph's backward ops."""
+        again = (*range(self.graph.forward_count), *backward)
+        graph = replace(self.graph, ops=tuple(self.graph.ops[i] for i in again))
+        return Reordered(graph, tuple(self.order[i] for i in again), self.held)
+
+
+def unchanged(graph: Graph) -> Reordered:
+    """The graph as it is."""
+    return Reordered(graph, tuple(range(len(graph.ops))))
+
 
 def reordered(graph: Graph) -> Reordered:
     """The graph with its backward ops in a better order."""
     middle, last = _order(graph)
-    order = (*range(graph.forward_count), *middle, *last)
     held = {s for i in last for s in graph.ops[i].reads if 0 <= graph.producer[s] < graph.forward_count}
-    return Reordered(replace(graph, ops=tuple(graph.ops[i] for i in order)), order, frozenset(held))
+    return replace(unchanged(graph).then((*middle, *last)), held=frozenset(held))
 
 
 def _order(graph: Graph) -> tuple[list[int], list[int]]:

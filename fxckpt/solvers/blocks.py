@@ -100,9 +100,9 @@ class Block:
 
     def choices(self, most: int) -> tuple[Choice, ...]:
         """About `most` choices worth considering, none of them dominated by another."""
-        kept = KeepProblem(self.part, {*self.behind, *self.held}).hull(most)
+        hull = KeepProblem(self.part, {*self.behind, *self.held}).hull(most)
         found: list[Choice] = []
-        for choice in map(self.evaluate, kept):
+        for choice in map(self.evaluate, hull):
             if not any(other.dominates(choice) for other in found):
                 found = [other for other in found if not choice.dominates(other)]
                 found.append(choice)
@@ -138,14 +138,17 @@ class Blocks:
         self.graph = graph
         self.segments = segments
         self._lives = backward_lives(graph)
+        self._flows: dict[int, tuple[int, ...]] = {}
         self._staying = frozenset() if graph.gradients_allocated else frozenset(graph.gradients)
         self._held = segments.pinned | frozenset(graph.outputs)
         self._last_read = {s: i for i, op in enumerate(graph.ops) for s in op.reads}
 
     def flow(self, index: int) -> tuple[int, ...]:
         """Storages that flow through backward cut `index`."""
-        position = self.segments.backward_cuts[index]
-        return tuple(s for s, (born, dies) in self._lives.items() if born < position <= dies)
+        if index not in self._flows:
+            position = self.segments.backward_cuts[index]
+            self._flows[index] = tuple(s for s, (born, dies) in self._lives.items() if born < position <= dies)
+        return self._flows[index]
 
     def passing(self, first: int, last: int) -> frozenset[int]:
         """Storages that flow past the backward of segments `first` to `last` without being read there."""

@@ -15,6 +15,7 @@ from fxckpt.solvers.segments import Segments
 Prices = dict[object, BlockCost]
 """What blocks cost, by `Block.key`."""
 
+_MOST_WORK = 4_000_000  # ops to simulate along a whole curve
 _MARGIN = 1.03  # how much the table's peaks may be above the simulated ones
 
 
@@ -67,11 +68,12 @@ class Curve:
             most_bytes=most_bytes - self._base_bytes,
             slots=fineness.slots,
         )
+        self._points = _thinned(self._chain.points(), fineness.slots * len(graph.ops) // _MOST_WORK)
         self._timelines: dict[int, Timeline] = {}
 
     def timelines(self) -> list[Timeline]:
         """Every schedule, simulated; from low peak to high."""
-        return [self._timeline(slot) for slot in self._chain.points()]
+        return [self._timeline(slot) for slot in self._points]
 
     def fastest(self, budget_bytes: int) -> Timeline | None:
         """The fastest schedule that fits, None if none does.
@@ -80,15 +82,14 @@ class Curve:
         more than the budget or less are tried, the fastest first.
         """
         most = (budget_bytes - self._base_bytes) * _MARGIN / self._chain.slot_bytes
-        for slot in reversed(self._chain.points()):
+        for slot in reversed(self._points):
             if slot <= most and self._timeline(slot).peak_bytes <= budget_bytes:
                 return self._timeline(slot)
         return None
 
     def lowest(self) -> Timeline | None:
         """The schedule of lowest peak; None if there is none at all."""
-        points = self._chain.points()
-        timelines = [self._timeline(slot) for slot in points if slot <= points[0] * _MARGIN]
+        timelines = [self._timeline(slot) for slot in self._points if slot <= self._points[0] * _MARGIN]
         return min(timelines, key=lambda t: (t.peak_bytes, t.step_us), default=None)
 
     def _timeline(self, slot: int) -> Timeline:
@@ -96,6 +97,15 @@ class Curve:
             schedule = emit(self.graph, self.segments, self._blocks, self._chain.steps(slot))
             self._timelines[slot] = simulate(self.graph, schedule)
         return self._timelines[slot]
+
+
+def _thinned(points: list[int], least_gap: int) -> list[int]:
+    """The points from the last on, none nearer to the one after it than `least_gap`."""
+    kept: list[int] = []
+    for point in reversed(points):
+        if not kept or kept[-1] - point >= least_gap or point == points[0]:
+            kept.append(point)
+    return kept[::-1]
 
 
 def _links(graph: Graph, segments: Segments, singles: list[Block], rest_bytes: list[int]) -> tuple[Link, ...]:

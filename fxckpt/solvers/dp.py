@@ -16,8 +16,9 @@ from typing import Literal
 from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import Timeline, simulate
-from fxckpt.solvers.backward_order import Reordered, reordered
+from fxckpt.solvers.backward_order import Reordered, reordered, unchanged
 from fxckpt.solvers.curve import Curve, Fineness, Prices
+from fxckpt.solvers.ease import eased
 from fxckpt.solvers.keep import fastest_fitting
 from fxckpt.solvers.polish import polish
 from fxckpt.solvers.segments import Segments, cut
@@ -32,20 +33,23 @@ class Level:
     Attributes:
         longest_ops: segments longer than this have their long-lived storages pinned; for each entry the step is cut
             anew.
+        saved: for which ways to count activations backward is eased.
         most_segments: neighbours are merged until there are no more.
         fineness: how finely each cutting is looked at.
     """
 
     longest_ops: tuple[int, ...]
+    saved: tuple[bool, ...]
     most_segments: int
     fineness: Fineness
 
 
 LEVELS: dict[Effort, Level] = {
-    "fast": Level((32,), 48, Fineness(merged=3, choices=8, slots=1500)),
-    "default": Level((32,), 80, Fineness(merged=4, choices=16, slots=4000)),
-    "max": Level((48, 32, 16), 128, Fineness(merged=5, choices=32, slots=8000)),
+    "fast": Level((32,), (False,), 48, Fineness(merged=3, choices=8, slots=1500)),
+    "default": Level((32,), (False, True), 80, Fineness(merged=4, choices=16, slots=3000)),
+    "max": Level((48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000)),
 }
+_WORTH_WHILE = 1.2  # a finer cutting is tried if it has so many times the segments
 
 
 def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedule:
@@ -57,20 +61,18 @@ def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedu
         effort: "fast", "default" or "max": how many ways to cut the step, how fine the tables, how long the local
             search.
     """
-    unchanged = simulate(graph, plain(graph))
-    if unchanged.peak_bytes <= budget_bytes:
-        return unchanged.schedule
-    starts: list[Timeline] = []
-    lowest: list[Timeline] = [unchanged]
-    for curve, order in _curves(graph, effort):
-        for found, into in ((curve.fastest(budget_bytes), starts), (curve.lowest(), lowest)):
-            into += [simulate(graph, order.restored(found.schedule))] if found else []
-    if not starts:
-        floor = _floor(graph, lowest, effort)
+    nothing = simulate(graph, plain(graph))
+    if nothing.peak_bytes <= budget_bytes:
+        return nothing.schedule
+    curves = list(_curves(graph, effort))
+    fitting = [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.fastest(budget_bytes))]
+    if not fitting:
+        lowest = [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.lowest())]
+        floor = _floor(graph, [nothing, *lowest], effort)
         if floor.peak_bytes > budget_bytes:
             return floor.schedule
-        starts = [floor]
-    best = fastest_fitting(starts, budget_bytes)
+        fitting = [floor]
+    best = fastest_fitting(fitting, budget_bytes)
     return polish(graph, best.schedule, budget_bytes, effort=effort)
 
 
@@ -85,7 +87,7 @@ def frontier(graph: Graph, *, effort: Effort = "default") -> list[Schedule]:
     """Schedules from the lowest peak to the plain step, each faster than the one before: the whole curve at once."""
     found = [simulate(graph, plain(graph))]
     for curve, order in _curves(graph, effort):
-        found += [simulate(graph, order.restored(t.schedule)) for t in curve.timelines()]
+        found += [simulate(graph, order.restored(timeline.schedule)) for timeline in curve.timelines()]
     found.sort(key=lambda t: (t.peak_bytes, t.step_us))
     best: list[Timeline] = []
     for timeline in found:
@@ -95,24 +97,30 @@ def frontier(graph: Graph, *, effort: Effort = "default") -> list[Schedule]:
 
 
 def _curves(graph: Graph, effort: Effort) -> Iterator[tuple[Curve, Reordered]]:
-    """A curve for each cutting of the step, with backward as it stands and in a better order; and that order."""
+    """A curve for each order of backward and each cutting of the step, and that order."""
     level = LEVELS[effort]
     prices: Prices = {}
     most_bytes = simulate(graph, plain(graph)).peak_bytes
-    for other in _orders(graph):
-        for segments in _cuttings(other, level):
-            yield Curve(other.graph, segments, most_bytes, fineness=level.fineness, prices=prices), other
+    for order in _orders(graph, level):
+        for segments in _cuttings(order, level):
+            yield Curve(order.graph, segments, most_bytes, fineness=level.fineness, prices=prices), order
 
 
-def _orders(graph: Graph) -> Iterator[Reordered]:
-    unchanged = Reordered(graph, tuple(range(len(graph.ops))))
-    yield from dict.fromkeys((unchanged, reordered(graph)))
+def _orders(graph: Graph, level: Level) -> Iterable[Reordered]:
+    """Backward as it stands, and with weights' gradients in better places and eased within each segment."""
+    better = reordered(graph)
+    segments = cut(better.graph, longest_ops=level.longest_ops[0], pinned=better.held)
+    eased_orders = (better.then(eased(better.graph, segments, saved=saved)) for saved in level.saved)
+    return dict.fromkeys((unchanged(graph), *eased_orders))
 
 
-def _cuttings(other: Reordered, level: Level) -> Iterable[Segments]:
-    return dict.fromkeys(
-        cut(other.graph, finer=finer, longest_ops=longest, most_segments=level.most_segments, pinned=pinned)
-        for longest in level.longest_ops
-        for pinned in (other.held, frozenset[int]())
-        for finer in (False, True)
-    )
+def _cuttings(order: Reordered, level: Level) -> Iterator[Segments]:
+    seen: set[Segments] = set()
+    for longest in level.longest_ops:
+        for pinned in (order.held, frozenset[int]()):
+            coarse, fine = (cut(order.graph, finer=f, longest_ops=longest, pinned=pinned) for f in (False, True))
+            enough = len(fine) < _WORTH_WHILE * len(coarse)
+            for segments in (coarse,) if enough else (coarse, fine):
+                if segments not in seen:
+                    seen.add(segments)
+                    yield segments.merged(level.most_segments)

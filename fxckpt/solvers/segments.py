@@ -34,6 +34,19 @@ class Segments:
     def __len__(self) -> int:
         return len(self.forward_cuts) - 1
 
+    def merged(self, most: int) -> Segments:
+        """The same with neighbours merged evenly until there are no more than `most` segments."""
+        count = len(self)
+        if count <= most:
+            return self
+        chosen = sorted({round(i * count / most) for i in range(most + 1)})
+        return Segments(
+            tuple(self.forward_cuts[i] for i in chosen),
+            tuple(self.backward_cuts[i] for i in chosen),
+            tuple(self.boundaries[i] for i in chosen),
+            self.pinned,
+        )
+
 
 def cut(
     graph: Graph,
@@ -41,7 +54,6 @@ def cut(
     width: int = 1,
     finer: bool = False,
     longest_ops: int = 0,
-    most_segments: int | None = None,
     pinned: frozenset[int] = frozenset(),
 ) -> Segments:
     """Cut a step into segments.
@@ -52,7 +64,6 @@ def cut(
         finer: cut also where what crosses is not read by backward.
         longest_ops: pin long-lived storages until no segment has more forward ops than this, if that is possible;
             0 pins none.
-        most_segments: merge neighbours until there are no more segments than this.
         pinned: storages to pin in any case.
     """
     pinned |= pinned_storages(graph)
@@ -64,7 +75,7 @@ def cut(
             break
         pinned |= {long}
         cuts = _forward_cuts(graph, reach, pinned, width, finer)
-    return _thin(_with_backward(graph, reach, cuts, pinned), most_segments)
+    return _with_backward(graph, reach, cuts, pinned)
 
 
 def _forward_reach(graph: Graph) -> dict[int, tuple[int, int]]:
@@ -179,17 +190,3 @@ def backward_lives(graph: Graph) -> dict[int, tuple[int, int]]:
             elif kind == "backward" and storage not in gradients:
                 lives[storage] = graph.producer[storage], index
     return lives
-
-
-def _thin(segments: Segments, most_segments: int | None) -> Segments:
-    """Merge neighbours evenly until there are no more segments than allowed."""
-    count = len(segments)
-    if most_segments is None or count <= most_segments:
-        return segments
-    chosen = sorted({round(i * count / most_segments) for i in range(most_segments + 1)})
-    return Segments(
-        tuple(segments.forward_cuts[i] for i in chosen),
-        tuple(segments.backward_cuts[i] for i in chosen),
-        tuple(segments.boundaries[i] for i in chosen),
-        segments.pinned,
-    )
