@@ -160,9 +160,9 @@ def _check_same_graph(plan: Plan, graph: Graph) -> None:
         )
 
 
-def make_program(profile: Profile, schedule: Schedule) -> Program:
-    """Emit the graphs of a schedule, and check that they execute it."""
-    emitted = emit(profile, schedule)
+def make_program(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> Program:
+    """Emit the graphs of a schedule, and check that they execute it; `hooked` as for `emit`."""
+    emitted = emit(profile, schedule, hooked)
     verify(profile, schedule, emitted)
     return Program(profile.joint.roles, emitted)
 

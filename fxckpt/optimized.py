@@ -164,7 +164,13 @@ class Planner:
     def _compile(self, profile: Profile, options: Options) -> Compiled:
         similar = [entry.expected.plan for entry in self._entries.values() if entry is not None]
         plan = make_plan(profile, options, similar)
-        program = make_program(profile, plan.schedule)
+        inputs = profile.joint.roles.inputs
+        hooked = self._watch.hooked_parameters()
+        program = make_program(
+            profile,
+            plan.schedule,
+            frozenset(n for n, i in enumerate(inputs) if i.gradient is not None and i.path in hooked),
+        )
         annotate(profile, plan)
         self.latest = plan
         return Compiled(profile, plan, program)

@@ -67,8 +67,14 @@ class Watch:
             tuple([(p.requires_grad, p.dtype, p.shape, p.device) for p in parameters if p is not None]),
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
             tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in self.modules[1:]]),
+            self.hooked_parameters(),
             _ambient(),
         )
+
+    def hooked_parameters(self) -> frozenset[str]:
+        """Paths of the parameters with hooks that run during backward, and may change them there."""
+        found = ((path, owner[name]) for path, (owner, name) in self.parameters.items())
+        return frozenset([path for path, p in found if p is not None and p._post_accumulate_grad_hooks])
 
     def gradients_allocated(self) -> bool:
         """Whether some parameter has a gradient, which this step will add to."""
@@ -92,7 +98,8 @@ class Watch:
             for kind in _HOOKS:
                 if not all(map(_is_torch_own, getattr(module, kind).values())):
                     raise RuntimeContractError(
-                        f"submodule {name!r} has a hook ({kind.strip('_')}), which an optimized module would not call at "
+                        f"submodule {name!r} has a hook ({kind.strip('_')}), which an optimized module would not call "
+                        f"at "
                         "every step: remove it, register it on the root module, or use a hook on a parameter"
                     )
 

@@ -57,10 +57,11 @@ class Emitted:
     read_outputs: tuple[int, ...]
 
 
-def stages_of(profile: Profile, schedule: Schedule) -> tuple[Stage, ...]:
+def stages_of(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> tuple[Stage, ...]:
     """The stages of backward: which inputs' gradients leave after which step.
 
-    The last stage has the inputs without a gradient too: a backward from other outputs may give them one.
+    The last stage has the inputs without a gradient too: a backward from other outputs may give them one. Gradients of
+    the inputs `hooked` wait until backward does not read these inputs any more, since a hook may change them.
     """
     owners: dict[int, list[int]] = {}
     for index, given in enumerate(profile.joint.roles.inputs):
@@ -73,17 +74,37 @@ def stages_of(profile: Profile, schedule: Schedule) -> tuple[Stage, ...]:
     inputs = profile.joint.roles.inputs
     rest = tuple(i for i, given in enumerate(inputs) if given.requires_grad and given.gradient is None)
     stages[-1] = replace(stages[-1], inputs=stages[-1].inputs + rest)
+    for index in sorted(hooked):
+        stages = _delayed(stages, index, _last_read(profile, schedule, index))
     return tuple(stages)
 
 
-def emit(profile: Profile, schedule: Schedule) -> Emitted:
-    """Emit the forward and backward graphs of a schedule.
+def _last_read(profile: Profile, schedule: Schedule, index: int) -> int:
+    storage = profile.map.behind[profile.joint.roles.inputs[index].node]
+    ops = profile.graph.ops
+    return max((step for step, op in enumerate(schedule.order) if storage in ops[op].reads), default=-1)
+
+
+def _delayed(stages: list[Stage], index: int, after: int) -> list[Stage]:
+    """The stages with the gradient of input `index` leaving no earlier than after step `after`."""
+    if stages[-1].step < after:
+        stages = [*stages[:-1], replace(stages[-1], step=after)]
+    old = next(n for n, stage in enumerate(stages) if index in stage.inputs)
+    new = next(n for n, stage in enumerate(stages) if n >= old and stage.step >= after)
+    moved = list(stages)
+    moved[old] = replace(moved[old], inputs=tuple(i for i in moved[old].inputs if i != index))
+    moved[new] = replace(moved[new], inputs=(*moved[new].inputs, index))
+    return moved
+
+
+def emit(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> Emitted:
+    """Emit the forward and backward graphs of a schedule; `hooked` are inputs that hooks may change during backward.
 
     Each emitted node's meta says what it is: `fxckpt_step` (the step of the schedule; on ops only) and `fxckpt_node`
     (the captured node whose value it is).
     """
     schedules.check(profile.graph, schedule)
-    stages = stages_of(profile, schedule)
+    stages = stages_of(profile, schedule, hooked)
     first = Writer(profile, schedule, None)
     for given in profile.joint.roles.inputs:
         first.place(given.node, first.graph.placeholder(given.node.name))
