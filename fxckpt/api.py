@@ -14,6 +14,7 @@ from fxckpt.errors import BudgetError, FxckptError, SolverError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
 from fxckpt.plans import Plan
+from fxckpt.profile.estimate import DeviceProfile
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.report.table import plan_text
 from fxckpt.signature import watch
@@ -87,17 +88,21 @@ def plan(
     optimizer: torch.optim.Optimizer | None = None,
     reserve: int | str = 0,
     gradients: Gradients = "auto",
+    device: str | DeviceProfile | None = None,
 ) -> Plan:
     """Plan a training step without running or allocating anything; the model may be on the meta device.
 
     Arguments are those of `optimize`; `gradients` says whether `.grad` is None before the step ("fresh"), holds tensors
-    ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if ops may be run:
-    with cost_model="measure", or by `optimize`.
+    ("allocated"), or is as the model has it now ("auto"); `device` names what to estimate times for ("A100", "H100",
+    "RTX 4090", "cpu", or a `DeviceProfile`), by default where the model is, or an A100 for the meta device. What
+    kernels allocate inside is known only if ops may be run: with cost_model="measure", or by `optimize`.
 
     Raises:
         BudgetError, CaptureError, InfeasibleBudgetError: as `optimize`.
     """
-    options = _options(memory_budget, solver, cost_model, optimizer, reserve, run_ops=cost_model == "measure")
+    options = _options(
+        memory_budget, solver, cost_model, optimizer, reserve, run_ops=cost_model == "measure", device=device
+    )
     plain = plain_model(model)
     if gradients not in ("auto", "fresh", "allocated"):
         raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {gradients!r}')

@@ -42,6 +42,7 @@ class Options:
         reserve_bytes: memory to leave for other things, optimizer state among them [B].
         plan: a plan to apply instead of solving.
         run_ops: whether ops may be run to find their workspace and time.
+        device: what to estimate times for, if not the device that the model is on.
     """
 
     budget: Budget
@@ -50,6 +51,7 @@ class Options:
     reserve_bytes: int = 0
     plan: Plan | None = None
     run_ops: bool = True
+    device: str | DeviceProfile | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def profile_step(
 
 def cost_model(options: Options, joint: JointGraph) -> CostModel:
     """The cost model that a user named; workspaces are measured wherever ops may be run."""
-    device = device_of(joint)
+    device = joint.device
     name = options.cost_model
     on_device = options.run_ops and device.type != "meta"
     if name == "auto":
@@ -93,7 +95,7 @@ def cost_model(options: Options, joint: JointGraph) -> CostModel:
         raise BudgetError(
             'cost_model="measure" runs the ops, but the model is on the meta device: use cost_model="estimate"'
         )
-    estimate = estimated(DEVICES["reference"] if name == "reference" else _device_profile(device))
+    estimate = estimated(DEVICES["reference"] if name == "reference" else _device_profile(device, options.device))
     if not on_device:
         return estimate
     nodes = working_nodes(joint)
@@ -109,17 +111,23 @@ def estimated(device: DeviceProfile) -> CostModel:
     return lambda node: OpCost(estimate_us(node, device))
 
 
-def device_of(joint: JointGraph) -> torch.device:
-    """The device that the step runs on: that of its first parameter, else of its first input."""
-    tensors = [i.node.meta["val"] for i in joint.roles.inputs]
-    return next((t.device for t in tensors), torch.device("cpu"))
+def _device_profile(device: torch.device, wanted: str | DeviceProfile | None) -> DeviceProfile:
+    """The profile that a user named, else that of the model's device;
 
-
-def _device_profile(device: torch.device) -> DeviceProfile:
+    A model on the meta device is planned for an A100.
+    """
+    if isinstance(wanted, DeviceProfile):
+        return wanted
+    if wanted is not None:
+        if wanted not in DEVICES:
+            raise BudgetError(
+                f"there is no device {wanted!r}; choose one of {', '.join(DEVICES)}, or give a DeviceProfile"
+            )
+        return DEVICES[wanted]
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         return next((profile for key, profile in DEVICES.items() if key in name), DEVICES["A100"])
-    return DEVICES["cpu"]
+    return DEVICES["A100" if device.type == "meta" else "cpu"]
 
 
 def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) -> Plan:
@@ -134,7 +142,7 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
     if options.plan is not None:
         _check_same_graph(options.plan, graph)
         return replace(options.plan, graph=graph)
-    budget_bytes = budget_in_bytes(options.budget, graph, device_of(profile.joint))
+    budget_bytes = budget_in_bytes(options.budget, graph, profile.joint.device)
     for plan in similar:
         if plan.graph.structure == graph.structure:
             reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
@@ -147,7 +155,7 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
 def _cost_name(options: Options, profile: Profile) -> str:
     if options.cost_model != "auto":
         return options.cost_model
-    return "measure" if options.run_ops and device_of(profile.joint).type != "meta" else "estimate"
+    return "measure" if options.run_ops and profile.joint.device.type != "meta" else "estimate"
 
 
 def _check_same_graph(plan: Plan, graph: Graph) -> None:

@@ -21,6 +21,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import graph_capture_wrappers
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
+from fxckpt.capture.absent import made_present
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.failure import explain
 from fxckpt.capture.kernels import own_kernels
@@ -41,6 +42,7 @@ class JointGraph:
         inputs: structure of the arguments that it was captured with.
         outputs: structure of what the model returns.
         places: module path and source line of each node.
+        device: where the model is.
     """
 
     module: fx.GraphModule
@@ -48,6 +50,7 @@ class JointGraph:
     inputs: Structure
     outputs: Structure
     places: dict[fx.Node, tuple[str, str]]
+    device: torch.device
 
 
 class _Traced(nn.Module):
@@ -106,15 +109,16 @@ def capture(
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
     traced = _Traced(model, call, inputs)
+    device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
     with _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
         stack.enter_context(_backward_from(traced, tangents))
-        joint = _export(stack, traced, tensors)
+        joint = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs
     if outputs is None:
         raise CaptureError("the model's forward was never called while it was captured")
     module, metadata = joint.graph_module, joint._aot_state.fw_metadata
     clean(module)
-    return JointGraph(module, read_roles(module.graph, metadata), inputs, outputs, of_nodes(module.graph))
+    return JointGraph(module, read_roles(module.graph, metadata), inputs, outputs, of_nodes(module.graph), device)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Recurrent layers on CPU: their kernel keeps what backward needs only where gradients are enabled.
 
-Emitted graphs run without autograd and with gradients disabled, so the kernel is called through an op that enables them.
+Emitted graphs run without autograd and with gradients disabled, so an op that enables them stands for the kernel.
 """
 
 from __future__ import annotations
