@@ -14,13 +14,14 @@ from random import Random
 
 from fxckpt.schedule import Schedule
 from fxckpt.solvers.moves import earliest, empty_after, empty_before, latest, remove, shift, window
-from fxckpt.solvers.room import make_room
+from fxckpt.solvers.room import make_room, reach
 from fxckpt.solvers.tape import EMPTY, Tape
 from fxckpt.solvers.wiring import Wiring
 
 _GAP = 6  # empty slots between two steps
 _SPREAD_EVERY = 256  # moves after which the gaps are spread evenly again
-_HOT, _COLD = 0.5, 0.005  # first and last temperature, in times of a mean repeat
+_HOT, _COLD = 0.2, 0.002  # first and last temperature, in times of a mean repeat
+_SLOWEST_RATIO = 0.002  # a move that makes the step slower by more is given up
 
 
 def anneal(wiring: Wiring, schedule: Schedule, budget_bytes: int, *, restarts: int, moves: int) -> Schedule:
@@ -50,10 +51,10 @@ class _Search:
         mean_us = sum(self.wiring.times_us[op] for op, _ in repeats) / max(len(repeats), 1)
         if not mean_us or self.tape.peak_bytes() > self.budget_bytes:
             return
-        kinds: list[Callable[[], bool]] = [self._exchange, self._ruin, self._shift, self._spend]
+        kinds: tuple[Callable[[], bool], ...] = (self._ruin, self._shift, self._spend)
         for number in range(moves):
             temperature_us = mean_us * _HOT * (_COLD / _HOT) ** (number / moves)
-            move = self.rng.choices(kinds, weights=(2, 1, 2, 1))[0]
+            move = self.rng.choices(kinds, weights=(3, 3, 1))[0]
             mark = self.tape.mark()
             if move() and self._accept(temperature_us):
                 self.tape.commit()
@@ -75,34 +76,25 @@ class _Search:
             self.best, self.best_us = self.tape.schedule(), step_us
         return True
 
-    def _exchange(self) -> bool:
-        """Drop a repeat, rather a dear one, and make room for what that keeps alive."""
-        repeats, times_us = self.tape.repeated(), self.wiring.times_us
-        if not repeats:
-            return False
-        op, slot = max(self.rng.choices(repeats, k=2), key=lambda run: times_us[run[0]])
-        remove(self.tape, slot)
-        return self._repair(8, self.wiring.writes[op])
-
     def _ruin(self) -> bool:
-        """Drop a few repeats that stand near each other, and make room again."""
-        repeats = sorted(slot for _, slot in self.tape.repeated())
+        """Drop one or a few repeats that stand near each other, and make room again, not quite for the least time."""
+        tape, rng = self.tape, self.rng
+        repeats = sorted(slot for _, slot in tape.repeated())
         if not repeats:
             return False
-        count, i = self.rng.randrange(2, 7), self.rng.randrange(len(repeats))
-        kept = self.wiring.writes[self.tape.slots[repeats[i]]]
+        count, i = rng.choice((1, 1, 2, 3, 5, 8)), rng.randrange(len(repeats))
+        kept = self.wiring.writes[tape.slots[repeats[i]]] if rng.random() < 0.7 else ()
         for slot in repeats[i : i + count]:
-            remove(self.tape, slot)
-        return self._repair(4 * count, kept) and self._drop_some(2)
+            remove(tape, slot)
+        most_us, noise = self.step_us * (1 + _SLOWEST_RATIO), rng.choice((0.0, 0.2, 0.5))
+        return reach(tape, self.budget_bytes, rng, forbidden=kept, most_us=most_us, noise=noise)
 
     def _spend(self) -> bool:
         """Make room at the peak, then drop what repeats can be dropped."""
-        return self._make_room() and self._drop_some(6)
-
-    def _drop_some(self, tries: int) -> bool:
+        if not make_room(self.tape, int(self.tape.live.argmax()), self.budget_bytes, self.rng):
+            return False
         repeats = self.tape.repeated()
-        for _ in range(tries if repeats else 0):
-            op, slot = self.rng.choice(repeats)
+        for op, slot in self.rng.choices(repeats, k=6):
             if self.tape.slots[slot] != op:
                 continue
             mark = self.tape.mark()
@@ -110,18 +102,6 @@ class _Search:
             if self.tape.peak_bytes() > self.budget_bytes:
                 self.tape.undo(mark)
         return True
-
-    def _repair(self, most: int, kept: tuple[int, ...]) -> bool:
-        """Make room until the peak fits, but not by dropping the storages `kept`."""
-        for _ in range(most):
-            if self.tape.peak_bytes() <= self.budget_bytes:
-                return True
-            if not self._make_room(kept):
-                return False
-        return self.tape.peak_bytes() <= self.budget_bytes
-
-    def _make_room(self, kept: tuple[int, ...] = ()) -> bool:
-        return make_room(self.tape, int(self.tape.live.argmax()), self.budget_bytes, self.rng, forbidden=kept)
 
     def _shift(self) -> bool:
         """Move a backward run to another place in its window."""

@@ -34,11 +34,13 @@ class Effort:
 
     Attributes:
         choices: how many minimum cuts of the whole graph are tried as starts besides the schedule given.
-        annealed: how many of the best starts are searched from.
+        exchanged: for how many of the best starts one repeat is exchanged for others, one after another.
+        annealed: how many of the best are then searched from at random.
         restarts, moves: how often the search begins anew, and how many moves it makes each time.
     """
 
     choices: int = 0
+    exchanged: int = 0
     annealed: int = 0
     restarts: int = 0
     moves: int = 0
@@ -46,8 +48,8 @@ class Effort:
 
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(),
-    "default": Effort(choices=8, annealed=1, restarts=2, moves=400),
-    "max": Effort(choices=40, annealed=4, restarts=6, moves=3000),
+    "default": Effort(choices=8, exchanged=2, annealed=1, restarts=2, moves=400),
+    "max": Effort(choices=40, exchanged=10, annealed=3, restarts=6, moves=2000),
 }
 
 
@@ -68,13 +70,17 @@ def polish(
         result fits at the price of more recomputation, or has the lowest peak that was met.
     """
     wiring, level = Wiring(graph), EFFORTS[effort]
-    found = [greedy(wiring, schedule, budget_bytes)]
+    found = [schedule, greedy(wiring, schedule, budget_bytes)]
     if level.choices and schedule.order and len(graph.ops) <= _MOST_OPS:
         found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, level.choices)]
-    found.sort(key=lambda one: _rank(graph, one, budget_bytes))
-    for start in found[: level.annealed]:
-        found.append(anneal(wiring, start, budget_bytes, restarts=level.restarts, moves=level.moves))
-    return min(schedule, *found, key=lambda one: _rank(graph, one, budget_bytes))
+
+    def best(number: int) -> list[Schedule]:
+        return sorted(found, key=lambda one: _rank(graph, one, budget_bytes))[:number]
+
+    found += [_exchanged(wiring, one, budget_bytes) for one in best(level.exchanged)]
+    restarts, moves = level.restarts, level.moves
+    found += [anneal(wiring, one, budget_bytes, restarts=restarts, moves=moves) for one in best(level.annealed)]
+    return best(1)[0]
 
 
 def _rank(graph: Graph, schedule: Schedule, budget_bytes: int) -> tuple[int, float, float]:
@@ -103,6 +109,15 @@ def greedy(wiring: Wiring, schedule: Schedule, budget_bytes: int) -> Schedule:
     return tape.schedule()
 
 
+def _exchanged(wiring: Wiring, schedule: Schedule, budget_bytes: int) -> Schedule:
+    tape = Tape(wiring, schedule, gap=_GAP)
+    if tape.peak_bytes() <= budget_bytes:
+        exchange(tape, budget_bytes)
+        tighten(tape)
+        trim(tape, budget_bytes)
+    return tape.schedule()
+
+
 def trim(tape: Tape, budget_bytes: int) -> None:
     """Drop repeats, dearest first, while the peak stays within the budget (or is no higher than it was)."""
     times_us = tape.wiring.times_us
@@ -113,6 +128,22 @@ def trim(tape: Tape, budget_bytes: int) -> None:
         mark = tape.mark()
         remove(tape, slot)
         if tape.risen_bytes() > limit_bytes:
+            tape.undo(mark)
+    tape.commit()
+
+
+def exchange(tape: Tape, budget_bytes: int) -> None:
+    """Drop each repeat, dearest first, and make room for what that keeps alive, where this costs less than it saves."""
+    times_us, rng = tape.wiring.times_us, Random(0)
+    for op, slot in sorted(tape.repeated(), key=lambda run: (-times_us[run[0]], run)):
+        if tape.slots[slot] != op:
+            continue
+        mark, most_us = tape.mark(), tape.step_us * (1 - 1e-9)
+        remove(tape, slot)
+        kept = tape.wiring.writes[op]
+        if reach(tape, budget_bytes, rng, forbidden=kept, most_us=most_us) and tape.step_us < most_us:
+            tape.commit()
+        else:
             tape.undo(mark)
     tape.commit()
 

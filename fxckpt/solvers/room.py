@@ -16,16 +16,16 @@ _SAMPLE = 8
 _MOST_PRICED = 2_000_000  # copies that are priced before the greedy pass gives up
 
 
-def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random, *, forbidden: Container[int] = frozenset()) -> bool:
+def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random) -> bool:
     """Drop an idle copy so that less is in use in `slot`, and nowhere more than `limit_bytes` or the peak so far.
 
-    A few idle copies are drawn, `forbidden` storages left out, and tried in the order of the time it takes to remake
-    them for what they free. Returns False, with the tape as it was, if none of them will do.
+    A few idle copies are drawn and tried in the order of the time it takes to remake them for what they free. Returns
+    False, with the tape as it was, if none of them will do.
     """
     remakable, drawn = tape.wiring.remakable, []
     for _ in range(len(remakable)):
         storage = remakable[int(rng.random() * len(remakable))]
-        if storage not in forbidden and (idle := idle_at(tape, storage, slot)) is not None:
+        if (idle := idle_at(tape, storage, slot)) is not None:
             drawn.append((remake_us(tape, idle) / _freed_bytes(tape, idle, limit_bytes), storage))
             if len(drawn) == _SAMPLE:
                 break
@@ -57,26 +57,44 @@ def _price(tape: Tape, storage: int, slot: int) -> float | None:
     return None if idle is None else remake_us(tape, idle) / tape.wiring.sizes[storage]
 
 
-def reach(tape: Tape, budget_bytes: int, rng: Random) -> bool:
+def reach(
+    tape: Tape,
+    budget_bytes: int,
+    rng: Random,
+    *,
+    forbidden: Container[int] = frozenset(),
+    most_us: float = float("inf"),
+    noise: float = 0.0,
+) -> bool:
     """Make room where most is in use, always for the least time, until the peak fits; False if it does not.
 
-    The copies that are idle at the peak are priced once, and again only when their turn comes, since dropping others
-    rarely makes them cheaper (lazy greedy, Minoux 1978).
+    The copies that are idle at the peak, `forbidden` storages left out, are priced once, and again only when their turn
+    comes, since dropping others rarely makes them cheaper (lazy greedy, Minoux 1978). A price is multiplied by a random
+    factor between 1 - `noise` and 1. Gives up when the step takes `most_us` or more.
     """
     priced = 0
-    while tape.peak_bytes() > budget_bytes and priced < _MOST_PRICED:
-        priced += len(tape.wiring.remakable)
+    while tape.peak_bytes() > budget_bytes and tape.step_us < most_us and priced < _MOST_PRICED:
         slot = int(tape.live.argmax())
         before = int(tape.live[slot])
-        queue = [(price, s) for s in tape.wiring.remakable if (price := _price(tape, s, slot)) is not None]
-        heapify(queue)
-        while queue and tape.live[slot] > budget_bytes:
+        queue = _queue(tape, slot, forbidden, rng, noise)
+        priced += len(tape.wiring.remakable)
+        while queue and tape.live[slot] > budget_bytes and tape.step_us < most_us:
             price, storage = heappop(queue)
             now = _price(tape, storage, slot)
-            if now is not None and now > price and queue and now > queue[0][0]:
+            if now is not None and now * (1 - noise) > price and queue and now > queue[0][0]:
                 heappush(queue, (now, storage))
             elif now is not None:
                 _drop(tape, storage, slot, budget_bytes, rng)
         if int(tape.live[slot]) >= before:
             break
     return tape.peak_bytes() <= budget_bytes
+
+
+def _queue(tape: Tape, slot: int, forbidden: Container[int], rng: Random, noise: float) -> list[tuple[float, int]]:
+    """The storages that are idle in a slot, as a heap with the cheapest to remake first."""
+    storages = (s for s in tape.wiring.remakable if s not in forbidden)
+    queue = [(price, s) for s in storages if (price := _price(tape, s, slot)) is not None]
+    if noise:
+        queue = [(price * (1 - noise * rng.random()), s) for price, s in queue]
+    heapify(queue)
+    return queue
