@@ -128,3 +128,57 @@ def chain(sizes_bytes: tuple[int, ...] = (10, 20, 40), *, weight_bytes: int = 4,
         gradients=gradients,
         allocated_gradient_bytes=weight_bytes * layers,
     )
+
+
+@st.composite
+def training_steps(draw: st.DrawFn, *, most_layers: int = 8) -> Graph:
+    """A forward pass with skips and a backward pass that belongs to it.
+
+    Layer i reads the activation before it and sometimes an earlier one too. Its backward reads the gradient of its
+    output and some of its inputs and output; where an activation has several readers, gradients are added up.
+    """
+    layers = draw(st.integers(1, most_layers))
+    storages = [Storage("x", draw(sizes), "input")]
+
+    def add(name: str, kind: StorageKind, size_bytes: int) -> int:
+        storages.append(Storage(name, size_bytes, kind))
+        return len(storages) - 1
+
+    values, ops, inputs = [0], [], []
+    for i in range(layers):
+        reads = [values[-1], *draw(st.lists(st.sampled_from(values), max_size=1))]
+        inputs.append(tuple(dict.fromkeys(reads)))
+        weight = add(f"w{i}", "parameter", draw(sizes))
+        values.append(add(f"a{i}", "activation", draw(sizes)))
+        pinned = draw(st.sampled_from(("", "", "", "", "it has effects")))
+        time_us = float(draw(st.integers(0, 9)))
+        ops.append(Op(f"f{i}", "f", (*inputs[i], weight), (values[-1],), time_us=time_us, flops=i % 2, pinned=pinned))
+    flow = {values[-1]: add("tangent", "tangent", storages[values[-1]].size_bytes)}
+    gradients = []
+    for i in reversed(range(layers)):
+        output = values[i + 1]
+        if output not in flow:
+            continue
+        saved = draw(st.lists(st.sampled_from((*inputs[i], output)), unique=True))
+        gradients.append(add(f"gw{i}", "backward", storages[ops[i].reads[-1]].size_bytes))
+        ops.append(Op(f"w{i}b", "w", tuple(dict.fromkeys((flow[output], *saved))), (gradients[-1],), time_us=2.0))
+        for value in inputs[i]:
+            if value:
+                written = add(f"g{i}_{value}", "backward", storages[value].size_bytes)
+                ops.append(
+                    Op(f"b{i}_{value}", "b", tuple(dict.fromkeys((flow[output], *saved))), (written,), time_us=3.0)
+                )
+                if value in flow:
+                    total = add(f"s{i}_{value}", "backward", storages[value].size_bytes)
+                    ops.append(Op(f"s{i}_{value}b", "add", (flow[value], written), (total,), time_us=1.0))
+                    written = total
+                flow[value] = written
+    return Graph(
+        ops=tuple(ops),
+        storages=tuple(storages),
+        forward_count=layers,
+        outputs=(values[-1],),
+        gradients=tuple(gradients),
+        gradients_allocated=draw(st.booleans()),
+        allocated_gradient_bytes=sum(storages[s].size_bytes for s in gradients),
+    )

@@ -21,14 +21,15 @@ def emit(graph: Graph, segments: Segments, blocks: Mapping[tuple[int, int], Bloc
     always = segments.pinned | frozenset(graph.outputs)
     live = set(always)
     order: list[int] = []
-    done = forward_steps = 0
+    done = 0
+    forward_steps: int | None = None
     for step in steps:
         if isinstance(step, Drop):
             live -= frozenset(segments.boundaries[step.index]) - always
             continue
         start, end = segments.forward_cuts[step.first], segments.forward_cuts[step.last + 1]
         if isinstance(step, Backward):
-            forward_steps = forward_steps or len(order)
+            forward_steps = len(order) if forward_steps is None else forward_steps
             back = range(segments.backward_cuts[step.last + 1], segments.backward_cuts[step.first])
             order += recomputing(graph, back, live)
             live -= {s for op in graph.ops[start:end] for s in op.writes} - always
@@ -40,4 +41,4 @@ def emit(graph: Graph, segments: Segments, blocks: Mapping[tuple[int, int], Bloc
         order += range(done, end) if done < end else closure(graph, needed, live)
         done = max(done, end)
         live |= needed
-    return Schedule(tuple(order), forward_steps or len(order))
+    return Schedule(tuple(order), len(order) if forward_steps is None else forward_steps)
