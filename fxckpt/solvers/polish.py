@@ -49,7 +49,7 @@ class Effort:
 EFFORTS: dict[str, Effort] = {
     "fast": Effort(),
     "default": Effort(choices=8, exchanged=2, annealed=1, restarts=2, moves=400),
-    "max": Effort(choices=40, exchanged=10, annealed=3, restarts=6, moves=2000),
+    "max": Effort(choices=40, exchanged=10, annealed=3, restarts=6, moves=1500),
 }
 
 
