@@ -169,7 +169,7 @@ def parametrized() -> nn.Module:
 
 
 def in_place(_: Lambda, y: Tensor) -> Tensor:
-    z = torch.tanh(y)
+    z = y + 1
     z.mul_(2).add_(y)
     z[:, 0] = 3.0
     return F.relu_(z) * 2
