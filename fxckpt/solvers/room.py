@@ -1,15 +1,16 @@
-"""Make room at a step of a tape: drop an idle copy that is live there, and remake it when it is needed again."""
+"""Make room at a step of a tape: move its op to a quieter place, or drop an idle copy and remake it later."""
 
 from __future__ import annotations
 
 from collections.abc import Container
 from heapq import heapify, heappop, heappush
+from itertools import islice
 from random import Random
 
 import numpy as np
 
-from fxckpt.solvers.moves import Idle, idle_at, remake, remake_us
-from fxckpt.solvers.tape import Tape
+from fxckpt.solvers.moves import Idle, idle_at, remake, remake_us, shift, window
+from fxckpt.solvers.tape import EMPTY, Tape
 
 _TRIES = 5
 _SAMPLE = 8
@@ -57,6 +58,22 @@ def _price(tape: Tape, storage: int, slot: int) -> float | None:
     return None if idle is None else remake_us(tape, idle) / tape.wiring.sizes[storage]
 
 
+def relocate(tape: Tape, slot: int) -> bool:
+    """Move the backward op in a slot to where less is in use, if that lowers the peak there and makes none as high."""
+    if slot <= tape.split or tape.slots[slot] == EMPTY:
+        return False
+    low, high = window(tape, slot)
+    quiet = (low + 1 + int(i) for i in np.argsort(tape.live[low + 1 : high], kind="stable"))
+    before = int(tape.live[slot])
+    for target in islice((other for other in quiet if tape.slots[other] == EMPTY), _TRIES):
+        mark = tape.mark()
+        shift(tape, slot, target)
+        if tape.risen_bytes() < before and int(tape.live[slot]) < before:
+            return True
+        tape.undo(mark)
+    return False
+
+
 def reach(
     tape: Tape,
     budget_bytes: int,
@@ -76,6 +93,9 @@ def reach(
     while tape.peak_bytes() > budget_bytes and tape.step_us < most_us and priced < _MOST_PRICED:
         slot = int(tape.live.argmax())
         before = int(tape.live[slot])
+        if relocate(tape, slot):
+            priced += _TRIES
+            continue
         queue = _queue(tape, slot, forbidden, rng, noise)
         priced += len(tape.wiring.remakable)
         while queue and tape.live[slot] > budget_bytes and tape.step_us < most_us:

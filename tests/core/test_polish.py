@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxckpt.graph import Graph
+from fxckpt.graph import Graph, Op, Storage
 from fxckpt.schedule import Schedule, check, plain
 from fxckpt.simulate import simulate
 from fxckpt.solvers.keep import schedule_keeping
@@ -109,3 +109,22 @@ def test_the_dearest_repeat_that_can_go_goes_first() -> None:
     schedule = Schedule((0, 1, 2, 3, 4, 3, 5, 0, 6, 7, 8, 9), 5)
     budget_bytes = simulate(graph, schedule).peak_bytes
     assert not polish(graph, schedule, budget_bytes, effort="fast").repeats()
+
+
+def test_a_large_gradient_waits_until_there_is_room() -> None:
+    """Fresh gradients: the op that makes a large one moves behind what it need not come before."""
+    storages = (
+        Storage("x", 1, "input"),
+        Storage("a", 50, "activation"),
+        Storage("tangent", 1, "tangent"),
+        Storage("large", 60, "backward"),
+        Storage("small", 1, "backward"),
+    )
+    ops = (
+        Op("forward", "f", (0,), (1,)),
+        Op("large", "b", (2,), (3,)),
+        Op("small", "b", (1, 2), (4,)),
+    )
+    graph = Graph(ops, storages, 1, gradients=(3, 4))
+    polished = polish(graph, plain(graph), graph.static_bytes + 70, effort="fast")
+    assert polished.order == (0, 2, 1)
