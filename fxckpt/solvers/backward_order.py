@@ -51,6 +51,27 @@ def reordered(graph: Graph) -> Reordered:
     return replace(unchanged(graph).then((*middle, *last)), held=frozenset(held))
 
 
+def delayed(graph: Graph) -> Reordered:
+    """The graph with each weight's gradient made only when one of the gradients it needs would be freed.
+
+    The best order where nothing is kept: then activations cost no memory while nothing reads them.
+    """
+    backward = range(graph.forward_count, len(graph.ops))
+    read = {s for i in backward for s in graph.ops[i].reads}
+    stem = [i for i in backward if graph.ops[i].ordered or any(s in read for s in graph.ops[i].writes)]
+    last_read = {s: i for i in stem for s in graph.ops[i].reads}
+    behind: dict[int, list[int]] = {}
+    for index in sorted(set(backward) - set(stem)):
+        flowing = [s for s in graph.ops[index].reads if graph.storages[s].kind in ("tangent", "backward")]
+        ready = max((graph.producer[s] for s in flowing), default=-1)
+        freed = min((max(last_read.get(s, -1), graph.producer[s]) for s in flowing), default=-1)
+        behind.setdefault(max(ready, freed), []).append(index)
+    order = [*behind.get(-1, ())]
+    for index in stem:
+        order += [index, *behind.get(index, ())]
+    return unchanged(graph).then(order)
+
+
 def _order(graph: Graph) -> tuple[list[int], list[int]]:
     """Indices of the backward ops: those that others depend on as they stand, the rest behind what they wait for, and
     those to run last."""

@@ -16,10 +16,10 @@ from typing import Literal
 from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import Timeline, simulate
-from fxckpt.solvers.backward_order import Reordered, reordered, unchanged
+from fxckpt.solvers.backward_order import Reordered, delayed, reordered, unchanged
 from fxckpt.solvers.curve import Curve, Fineness, Prices
 from fxckpt.solvers.ease import eased
-from fxckpt.solvers.keep import fastest_fitting
+from fxckpt.solvers.keep import closure, fastest_fitting, pinned_storages
 from fxckpt.solvers.polish import polish
 from fxckpt.solvers.segments import Segments, cut
 
@@ -49,6 +49,8 @@ LEVELS: dict[Effort, Level] = {
     "default": Level((32,), (False, True), 80, Fineness(merged=4, choices=16, slots=3000)),
     "max": Level((48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000)),
 }
+_FLOOR_STARTS = 5
+_MOST_STEPS = 20_000
 _WORTH_WHILE = 1.2  # a finer cutting is tried if it has so many times the segments
 
 
@@ -77,10 +79,28 @@ def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedu
 
 
 def _floor(graph: Graph, lowest: list[Timeline], effort: Effort) -> Timeline:
-    """The lowest peak that the local search reaches from the lowest of each curve; the same whatever the budget."""
-    found = [simulate(graph, polish(graph, timeline.schedule, 0, effort="fast")) for timeline in lowest]
-    best = fastest_fitting([*lowest, *found], 0)
-    return best if effort == "fast" else simulate(graph, polish(graph, best.schedule, 0, effort=effort))
+    """The lowest peak that the local search reaches from the best of the lowest; the same whatever the budget."""
+    starts = [*lowest, *(simulate(graph, schedule) for schedule in _keeping_nothing(graph))]
+    starts.sort(key=lambda timeline: (timeline.peak_bytes, timeline.step_us))
+    found = [simulate(graph, polish(graph, timeline.schedule, 0, effort="fast")) for timeline in starts[:_FLOOR_STARTS]]
+    best = fastest_fitting([*starts, *found], 0)
+    if effort != "fast":
+        best = simulate(graph, polish(graph, best.schedule, 0, effort=effort))
+    faster = polish(graph, best.schedule, best.peak_bytes, effort="fast")
+    return fastest_fitting([best, simulate(graph, faster)], best.peak_bytes)
+
+
+def _keeping_nothing(graph: Graph) -> Iterator[Schedule]:
+    """Everything made anew for each backward op, in several orders of backward; nothing if that is too long."""
+    backward = range(graph.forward_count, len(graph.ops))
+    kept = {*graph.outputs, *pinned_storages(graph)}
+    for order in dict.fromkeys((unchanged(graph), reordered(graph), delayed(graph))):
+        steps = list(range(graph.forward_count))
+        for index in backward:
+            steps += (*closure(order.graph, order.graph.ops[index].reads, kept), index)
+            if len(steps) > _MOST_STEPS:
+                return
+        yield order.restored(Schedule(tuple(steps), graph.forward_count))
 
 
 def frontier(graph: Graph, *, effort: Effort = "default") -> list[Schedule]:
