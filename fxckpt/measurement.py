@@ -52,7 +52,8 @@ def measure_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         _backward(model(*args, **kwargs))
 
     with _left_as_it_was(model), torch.enable_grad():
-        step()  # the first call plans; the second may be planned for other outputs
+        with _gradients_put_back(model):
+            step()  # the first call plans; the second may be planned for other outputs
         peaks, times = [], []
         for _ in range(2):
             with _gradients_put_back(model):

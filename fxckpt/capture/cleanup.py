@@ -30,6 +30,7 @@ def clean(module: fx.GraphModule) -> None:
     _exact_dropout(graph)
     for node in graph.nodes:
         node.target = RECURRENT.get(node.target, node.target)
+    _drop_unread_statistics(graph)
     _drop_copies(graph)
     _merge_views(graph)
     _own_gradients(graph)
@@ -78,6 +79,16 @@ def _exact_dropout(graph: fx.Graph) -> None:
             scales |= {user: scale for user in node.users if is_selection(user) and user.args[1] == 1}
         elif node.target is aten.native_dropout_backward.default and node.args[1] in scales:
             node.target, node.args = DROPOUT_BACKWARD, (*node.args[:2], scales[node.args[1]])
+
+
+def _drop_unread_statistics(graph: fx.Graph) -> None:
+    """In training, the backward of batch norm takes the running statistics and does not read them:
+
+    They need not be kept.
+    """
+    for node in graph.nodes:
+        if node.target is aten.native_batch_norm_backward.default and node.args[7]:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
 
 
 def _drop_copies(graph: fx.Graph) -> None:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 _KEY = "fxckpt"
 _LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
 class Provenance(TorchFunctionMode):
