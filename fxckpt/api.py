@@ -137,10 +137,15 @@ def print_plan(
     Raises:
         FxckptError: the module is not an optimized one, or nothing is planned yet.
     """
-    print(plan_text(_plan_of(model_or_plan), all=all, measurement=measurement), file=file or sys.stdout, end="")
+    print(plan_text(plan_of(model_or_plan), all=all, measurement=measurement), file=file or sys.stdout, end="")
 
 
-def _plan_of(model_or_plan: nn.Module | Plan) -> Plan:
+def plan_of(model_or_plan: nn.Module | Plan) -> Plan:
+    """The latest plan of an optimized module; a plan is returned as it is.
+
+    Raises:
+        FxckptError: the module is not an optimized one, or nothing is planned yet.
+    """
     if isinstance(model_or_plan, Plan):
         return model_or_plan
     planner = planner_of(model_or_plan)
