@@ -37,7 +37,7 @@ def stepper(case: Case, model: torch.nn.Module, args: tuple[Any, ...], kwargs: d
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        case.loss(model(*args, **kwargs)).backward()  # type: ignore[no-untyped-call]
+        case.loss(model(*args, **kwargs)).backward()
 
     return step
 

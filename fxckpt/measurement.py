@@ -74,7 +74,7 @@ def measure_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def _backward(result: Any) -> None:
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
     if isinstance(loss, torch.Tensor) and loss.dim() == 0:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return
     ends = [_Ones.apply(t) for t in take_apart(result)[0] if t.requires_grad]  # type: ignore[no-untyped-call]
     if not ends:

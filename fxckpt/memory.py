@@ -20,7 +20,7 @@ def allocation_changes(run: Callable[[], Any]) -> Iterator[int]:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
     return (event.nbytes() for event in events if event.device_type() == torch._C._autograd.DeviceType.CPU)

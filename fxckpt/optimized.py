@@ -32,7 +32,8 @@ _SLOT = "_fxckpt"
 def stand_in(model: nn.Module, options: Options) -> nn.Module:
     """A module that stands in for `model` and is planned by `options`, at its first call or by `prepare`."""
     plain = plain_model(model)
-    kind = _stand_in_class(type(plain))
+    plain_class: Any = type(plain)
+    kind = _stand_in_class(plain_class)
     module = object.__new__(kind)
     object.__setattr__(module, "__dict__", plain.__dict__)
     object.__setattr__(module, _SLOT, Planner(plain, options))

@@ -73,7 +73,7 @@ def run_forward(program: Program, given: Sequence[torch.Tensor], backward_for: B
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)  # type: ignore[no-untyped-call]
+    return function.apply(*args)
 
 
 def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:

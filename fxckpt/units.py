@@ -39,7 +39,7 @@ def parse_bytes(text: str) -> int:
             'such as "8GB" or "500MiB"'
         )
     whole, _, fraction = match[1].partition(".")
-    size_bytes = (int(whole + fraction or "0") * factor) // 10 ** len(fraction)
+    size_bytes = int(whole + fraction or "0") * factor // int(10 ** len(fraction))
     if size_bytes <= 0:
         raise BudgetError(f"a size must be at least one byte, but {text!r} is {size_bytes}")
     return size_bytes

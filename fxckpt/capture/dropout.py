@@ -32,8 +32,8 @@ def _dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> t
     return grad.mul(mask).mul_(scale)
 
 
-LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")
+LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")
 
 DROPOUT = torch.ops.fxckpt.dropout.default
 DROPOUT_BACKWARD = torch.ops.fxckpt.dropout_backward.default

@@ -39,7 +39,7 @@ def why_pinned(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable:
             return "it changes its arguments"
-        if torch.Tag.nondeterministic_bitwise in target.tags:  # type: ignore[attr-defined]
+        if torch.Tag.nondeterministic_bitwise in target.tags:
             return "it may give another result when run again"
     return ""
 

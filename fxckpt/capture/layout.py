@@ -13,7 +13,7 @@ def _laid_out(x: torch.Tensor, stride: list[int]) -> torch.Tensor:
     return x.new_empty_strided(x.shape, stride)
 
 
-LIBRARY.impl("laid_out", _laid_out, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("laid_out", _laid_out, "CompositeExplicitAutograd")
 
 LAID_OUT = torch.ops.fxckpt.laid_out.default
 """Marks, while a graph is traced, a tangent that will arrive with these strides; no emitted graph contains it."""

@@ -21,7 +21,7 @@ def _layer(*args: Any) -> Any:
         return _KERNEL(*args)
 
 
-LIBRARY.impl("mkldnn_rnn_layer", _layer, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+LIBRARY.impl("mkldnn_rnn_layer", _layer, "CompositeExplicitAutograd")
 
 RECURRENT: dict[Any, Any] = {_KERNEL: torch.ops.fxckpt.mkldnn_rnn_layer.default}
 """What to call instead of torch's own op."""

@@ -87,7 +87,8 @@ def read_roles(graph: fx.Graph, metadata: Any) -> Roles:
     """
     placeholders = {node.meta["desc"]: node for node in graph.nodes if node.op == "placeholder"}
     output_node = graph.output_node()
-    produced = dict(zip(output_node.meta["desc"], output_node.args[0], strict=True))
+    returned: Any = output_node.args[0]
+    produced = dict(zip(output_node.meta["desc"], returned, strict=True))
     inputs = _inputs(placeholders, produced)
     _check_mutations(metadata, len(inputs))
     tangents = {desc.output: node for desc, node in placeholders.items() if isinstance(desc, aot.TangentAOTInput)}
@@ -165,8 +166,8 @@ def _outputs(
             outputs.append(Output(node, used.get(desc), info.requires_grad, numbers.get(desc)))
     bases = [desc for desc in produced if isinstance(desc, aot.IntermediateBaseAOTOutput)]
     first_base = len(outputs)
-    for desc in bases:
-        outputs.append(Output(_node(produced, desc), used.get(desc), True, numbers.get(desc)))
+    for base_desc in bases:
+        outputs.append(Output(_node(produced, base_desc), used.get(base_desc), True, numbers.get(base_desc)))
     results = []
     for number, info in enumerate(infos):
         kind = info.output_type

@@ -31,7 +31,8 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
     if not groups:
         return 0
     try:
-        copy = type(optimizer)(groups)
+        make: Any = type(optimizer)
+        copy = make(groups)
         copy.step()
     except Exception as error:
         raise BudgetError(
