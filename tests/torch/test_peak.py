@@ -123,7 +123,8 @@ def check_that_more_memory_is_never_slower(graph: Graph, effort: str) -> None:
             times_us.append(solve(graph, int(ratio * plain_peak_bytes), "dp", effort=effort).timeline.step_us)
         except InfeasibleBudgetError:
             break
-    assert times_us[0] == graph.step_us
+    assert times_us[0] == pytest.approx(graph.step_us)
+    times_us = [round(time_us, 6) for time_us in times_us]  # sums in another order differ in their last bits
     assert times_us == sorted(times_us)
 
 
@@ -146,7 +147,7 @@ def test_nothing_is_repeated_where_the_plain_step_fits(subject: Case, solver: st
         solution = solve(graph, budget_bytes, solver, effort="fast")
         assert solution.schedule.repeats() == {}
         assert solution.timeline.recompute_us == 0
-        assert solution.timeline.step_us == graph.step_us
+        assert solution.timeline.step_us == pytest.approx(graph.step_us)
 
 
 @functools.cache
