@@ -34,7 +34,7 @@ def run_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lo
     for x in inputs:
         x.grad = None
     value = loss(model(*args, **kwargs))
-    value.backward()  # type: ignore[no-untyped-call]
+    value.backward()
     return Step(
         loss=value.detach().clone(),
         gradients={name: _copy(p.grad) for name, p in model.named_parameters()},
@@ -86,7 +86,7 @@ def measured_peak_bytes(model: nn.Module, case: Case, args: tuple[Any, ...], kwa
     torch.manual_seed(7)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         outputs = model(*args, **kwargs)
-        case.loss(outputs).backward()  # type: ignore[no-untyped-call]
+        case.loss(outputs).backward()
     events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

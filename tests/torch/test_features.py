@@ -114,7 +114,8 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Tensor:
         (x,) = ctx.saved_tensors
-        return gradients[0] * x * 2  # not the derivative, on purpose: whose backward runs shows
+        gradient: Tensor = gradients[0] * x * 2  # not the derivative, on purpose: whose backward runs shows
+        return gradient
 
     @staticmethod
     def of(x: Tensor) -> Tensor:
@@ -357,7 +358,8 @@ def test_parts_that_torch_compile_would_skip() -> None:
             return torch.tanh(self.linear(x))
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.inner(x) * 2
+            y: Tensor = self.inner(x) * 2
+            return y
 
     torch.manual_seed(0)
     compare(Skips(), rows(8, 16))

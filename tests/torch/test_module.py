@@ -80,8 +80,8 @@ def test_it_is_the_model_to_whoever_asks() -> None:
     for (name, ours), (same_name, theirs) in zip(optimized.named_parameters(), model.named_parameters(), strict=True):
         assert name == same_name
         assert ours is theirs
-    for ours, theirs in zip(optimized.buffers(), model.buffers(), strict=True):
-        assert ours is theirs
+    for our_buffer, buffer in zip(optimized.buffers(), model.buffers(), strict=True):
+        assert our_buffer is buffer
     assert inspect.signature(optimized.forward) == inspect.signature(model.forward)
 
 
@@ -131,6 +131,7 @@ def test_train_and_eval() -> None:
         optimized.train(training)
         reference.train(training)
         assert model.training is training
+        assert isinstance(optimized, Net)
         assert optimized.describe() == reference.describe()
         for m in (optimized, reference):
             m.zero_grad()
@@ -164,9 +165,9 @@ def test_a_deep_copy_is_optimized_and_independent() -> None:
     optimized = thrifty(net(), example_inputs=(X,))
     twin = copy.deepcopy(optimized)
     assert type(twin) is type(optimized)
-    assert twin.first.weight is not optimized.first.weight
+    assert twin.get_parameter("first.weight") is not optimized.get_parameter("first.weight")
     run_step(optimized, (X,), {}, project)
-    assert twin.first.weight.grad is None
+    assert twin.get_parameter("first.weight").grad is None
     assert twin.count == 0
     assert_same_step(run_step(twin, (X,), {}, project), plain_step(net(), (X,), {}, project))
 
@@ -402,7 +403,8 @@ class Unfit(nn.Module):
         self.layer = nn.Linear(32, 32)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)[x[:, 0].nonzero()[:, 0]]
+        y: Tensor = self.layer(x)[x[:, 0].nonzero()[:, 0]]
+        return y
 
 
 class Raises(nn.Module):

@@ -158,7 +158,7 @@ def test_a_scaled_loss() -> None:
         for number in range(4):
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                loss = both(tuple(y.float() for y in model(batch(number))))  # type: ignore[arg-type]
+                loss = both(tuple(y.float() for y in model(batch(number))))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -515,7 +515,8 @@ def test_nothing_leaks(retain: bool) -> None:
 
 def test_saved_tensors_go_without_the_garbage_collector() -> None:
     optimized, _ = pair()
-    both(optimized(batch(0))).backward()
+    for number in range(2):  # gradients fresh, then allocated: a program for each
+        both(optimized(batch(number))).backward()
     gc.collect()
     gc.disable()
     try:
