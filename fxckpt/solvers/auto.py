@@ -12,15 +12,20 @@ from fxckpt.solvers.sqrt import sqrt
 from fxckpt.solvers.uniform import uniform
 
 
-def auto(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedule:
+_LARGE_OPS = 3000
+
+
+def auto(graph: Graph, budget_bytes: int, *, effort: Effort | None = None) -> Schedule:
     """The plain step if it fits, else the fastest that fits of `dp` and the baselines.
 
     Args:
         graph: the training step.
         budget_bytes: bound on the peak [B].
-        effort: how long `dp` may search.
+        effort: how long `dp` may search; None for "default", or "fast" on graphs of thousands of ops.
     """
     if simulate(graph, plain(graph)).peak_bytes <= budget_bytes:
         return plain(graph)
+    if effort is None:
+        effort = "fast" if len(graph.ops) > _LARGE_OPS else "default"
     baselines = (solver(graph, budget_bytes) for solver in (selective, uniform, sqrt))
     return cheapest_fitting(graph, (dp(graph, budget_bytes, effort=effort), *baselines), budget_bytes)
