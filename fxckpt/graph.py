@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -167,9 +167,9 @@ class Graph:
         """
         try:
             graph = cls(
-                ops=tuple(Op(**_frozen(row)) for row in _rows(data["ops"], Op)),
-                storages=tuple(Storage(**_frozen(row)) for row in _rows(data["storages"], Storage)),
-                **{f.name: _tuple(data[f.name]) for f in fields(cls) if f.name not in ("ops", "storages")},
+                ops=tuple(Op(**_valid(Op, row)) for row in _rows(data["ops"], Op)),
+                storages=tuple(Storage(**_valid(Storage, row)) for row in _rows(data["storages"], Storage)),
+                **_valid(cls, {f.name: data[f.name] for f in fields(cls) if f.name not in ("ops", "storages")}),
             )
             graph.check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -207,9 +207,29 @@ def _rows(columns: Mapping[str, Any], kind: type) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+_MOST_BYTES = 2**46
+"""A larger size is a damaged file; sums over all storages and ops of a file that can be read fit 64 bits."""
 
 
-def _frozen(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: _tuple(value) for key, value in row.items()}
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= _MOST_BYTES
+
+
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
+    "int": _is_count,
+    "float": lambda value: type(value) in (int, float) and 0 <= value <= 1e18,
+    "bool": lambda value: type(value) is bool,
+    "str": lambda value: type(value) is str,
+    "tuple[int, ...]": lambda value: type(value) is tuple and all(map(_is_count, value)),
+    "StorageKind": lambda value: value in get_args(StorageKind),
+}
+"""By annotation: whether a value from a file may become a field."""
+
+
+def _valid(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of fields, lists made tuples. Raises ValueError for a value that the field can't have."""
+    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    for field in fields(kind):
+        if field.name in frozen and not _IS_VALID[str(field.type)](frozen[field.name]):
+            raise ValueError(f"{kind.__name__}.{field.name} is {frozen[field.name]!r}")
+    return frozen

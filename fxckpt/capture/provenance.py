@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 _KEY = "fxckpt"
 _LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_OURS = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_DEMO = _OURS + "demo.py"  # the one file of ours with a model in it
 
 
 class Provenance(TorchFunctionMode):
@@ -48,7 +49,7 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
     source = ""
     while frame is not None and (module is None or not source):
         filename = frame.f_code.co_filename
-        if not source and not filename.startswith((_LIBRARY, _OURS, "<")):
+        if not source and (filename == _DEMO or not filename.startswith((_LIBRARY, _OURS, "<"))):
             source = f"{filename}:{frame.f_lineno}"
         if module is None and frame.f_code.co_name != "_call_impl":
             owner = frame.f_locals.get("self")

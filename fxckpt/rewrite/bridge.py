@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from torch import fx
 
+from fxckpt.capture.effects import is_selection
 from fxckpt.errors import RuntimeContractError
 from fxckpt.graph import RESIDENT, Graph
 from fxckpt.profile.build import Profile
@@ -35,7 +36,7 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
             saved[source] = _counterpart(source.meta["fxckpt_node"], nodes)
         elif source.meta["fxckpt_replay"] in replayed:
             states[source] = replayed[source.meta["fxckpt_replay"]]
-    have = {second.map.behind[node] for node in saved.values()}
+    have = {second.map.behind[node] for node in saved.values() if _is_whole(second, node)}
     schedule = _schedule(second.graph, have)
     writer = Writer(second, schedule, None, executed=range(second.graph.forward_count))
     placeholders = [writer.graph.placeholder(source.name) for source in ran.saved]
@@ -52,6 +53,11 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
     given = writer.order_inputs(placeholders)
     backward = compile_boxed(writer.graph, second.joint.module, "Backward")
     return replace(ran, backward=backward, given=given, tangents=writer.tangents)
+
+
+def _is_whole(profile: Profile, node: fx.Node) -> bool:
+    """Whether a node is what an op wrote, from which any view can be made, rather than a view."""
+    return node in profile.map.writes or (is_selection(node) and node.all_input_nodes[0] in profile.map.writes)
 
 
 def _counterpart(node: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:

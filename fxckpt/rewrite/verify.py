@@ -63,7 +63,7 @@ def _check_arguments(profile: Profile, emitted: Emitted) -> None:
         captured = node.meta.get("fxckpt_node")
         if captured is None or node.op != "call_function":
             if node in handed_over and captured is not None:
-                copy_of[node] = copy_of[handed_over[node]]
+                copy_of[node] = copy_of.get(handed_over[node], -1)  # constants have no copies
             continue
         target, args, kwargs = _call(node)
         if target != captured.target:

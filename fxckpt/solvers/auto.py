@@ -11,7 +11,6 @@ from fxckpt.solvers.selective import selective
 from fxckpt.solvers.sqrt import sqrt
 from fxckpt.solvers.uniform import uniform
 
-
 _LARGE_OPS = 3000
 
 
