@@ -14,7 +14,7 @@ from torch import fx
 
 from fxckpt.capture.effects import is_selection
 from fxckpt.errors import RuntimeContractError
-from fxckpt.graph import RESIDENT, Graph
+from fxckpt.graph import RESIDENT
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.codegen import compile_boxed
 from fxckpt.rewrite.split import Emitted, Writer
@@ -36,8 +36,7 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
             saved[source] = _counterpart(source.meta["fxckpt_node"], nodes)
         elif source.meta["fxckpt_replay"] in replayed:
             states[source] = replayed[source.meta["fxckpt_replay"]]
-    have = {second.map.behind[node] for node in saved.values() if _is_whole(second, node)}
-    schedule = _schedule(second.graph, have)
+    schedule = _schedule(second, frozenset(saved.values()))
     writer = Writer(second, schedule, None, executed=range(second.graph.forward_count))
     placeholders = [writer.graph.placeholder(source.name) for source in ran.saved]
     for source, placeholder in zip(ran.saved, placeholders, strict=True):
@@ -55,44 +54,45 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
     return replace(ran, backward=backward, given=given, tangents=writer.tangents)
 
 
-def _is_whole(profile: Profile, node: fx.Node) -> bool:
-    """Whether a node is what an op wrote, from which any view can be made, rather than a view."""
-    return node in profile.map.writes or (is_selection(node) and node.all_input_nodes[0] in profile.map.writes)
-
-
 def _counterpart(node: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
     found = nodes.get(node.name)
     if found is None or found.target != node.target:
         raise RuntimeContractError(
             "backward started from other outputs than expected, and capturing the model again gave another forward: "
-            "its "
-            "forward is not the same each time. Make it deterministic, or differentiate the same outputs every step"
+            "it is not the same each time. Make it deterministic, or differentiate the same outputs every step"
         )
     return found
 
 
-def _schedule(graph: Graph, have: set[int]) -> Schedule:
-    """Backward in its order; before each op the forward ops that it lacks, from what is saved."""
-    available = set(have) | {i for i, s in enumerate(graph.storages) if s.kind in RESIDENT or s.kind == "tangent"}
+def _schedule(profile: Profile, saved: frozenset[fx.Node]) -> Schedule:
+    """Backward in its order; before each op the forward ops that it lacks, from what is saved.
+
+    A saved view serves those who read it or views of it; who reads anything else of its storage needs the storage anew.
+    """
+    graph = profile.graph
+    written = {i for i, s in enumerate(graph.storages) if s.kind in RESIDENT or s.kind == "tangent"}
     order: list[int] = []
 
-    def need(storage: int) -> None:
-        pending = [(storage, False)]
+    def is_there(node: fx.Node) -> bool:
+        if node in saved or profile.map.behind.get(node) in written:
+            return True
+        is_view = node.op == "call_function" and node not in profile.map.writes and bool(node.all_input_nodes)
+        picks = is_selection(node) and node.all_input_nodes[0] in profile.map.writes
+        return is_view and not picks and all(map(is_there, node.all_input_nodes))
+
+    def run(index: int) -> None:
+        pending = [(index, False)]
         while pending:
-            wanted, ready = pending.pop()
-            if wanted in available:
-                continue
-            producer = graph.producer[wanted]
+            op, ready = pending.pop()
             if ready:
-                order.append(producer)
-                available.update(graph.ops[producer].writes)
-            else:
-                pending.append((wanted, True))
-                pending += [(source, False) for source in graph.ops[producer].reads]
+                order.append(op)
+                written.update(graph.ops[op].writes)
+                continue
+            pending.append((op, True))
+            lacking = [n for n in profile.nodes[op].all_input_nodes if n in profile.map.behind and not is_there(n)]
+            producers = dict.fromkeys(graph.producer[profile.map.behind[node]] for node in lacking)
+            pending += [(producer, False) for producer in producers]
 
     for index in range(graph.forward_count, len(graph.ops)):
-        for storage in graph.ops[index].reads:
-            need(storage)
-        order.append(index)
-        available.update(graph.ops[index].writes)
-    return Schedule(tuple(order), 0)
+        run(index)
+    return Schedule(tuple(dict.fromkeys(order)), 0)  # asked for by several, an op stands where it first runs
