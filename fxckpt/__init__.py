@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxckpt.api import measure, optimize, plan, print_plan
+    from fxckpt.api import graphs, measure, optimize, plan, print_plan
     from fxckpt.errors import CaptureError, FxckptError, InfeasibleBudgetError, PlanMismatchError
     from fxckpt.plans import Plan
 
@@ -25,6 +25,7 @@ __all__ = [
     "InfeasibleBudgetError",
     "Plan",
     "PlanMismatchError",
+    "graphs",
     "measure",
     "optimize",
     "plan",
@@ -37,6 +38,7 @@ _HOMES = {
     "InfeasibleBudgetError": "errors",
     "Plan": "plans",
     "PlanMismatchError": "errors",
+    "graphs": "api",
     "measure": "api",
     "optimize": "api",
     "plan": "api",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TextIO, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from fxckpt.compile import COST_MODELS, Budget, Options, free_bytes, make_plan, profile_step
+from fxckpt.compile import COST_MODELS, Budget, Compiled, Options, free_bytes, make_plan, profile_step
 from fxckpt.errors import BudgetError, FxckptError, SolverError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
@@ -148,7 +149,39 @@ def plan_of(model_or_plan: nn.Module | Plan) -> Plan:
     """
     if isinstance(model_or_plan, Plan):
         return model_or_plan
-    planner = planner_of(model_or_plan)
+    return _compiled(model_or_plan).plan
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The fx graphs of a planned step; print their `code` to read them.
+
+    Attributes:
+        captured: forward and backward of the plain model in one graph. Each op's `node.meta["fxckpt"]` says how often
+            it runs and what is decided for what it writes.
+        forward: what runs in forward. Takes its inputs in one list, which it empties.
+        backward: what runs in backward. Repeated ops have names that end in `_again`; each `yield` hands over
+            gradients.
+    """
+
+    captured: fx.GraphModule
+    forward: fx.GraphModule
+    backward: fx.GraphModule
+
+
+def graphs(model: nn.Module) -> Graphs:
+    """The graphs behind the latest plan of an optimized module.
+
+    Raises:
+        FxckptError: the module is not an optimized one, or nothing is planned yet.
+    """
+    compiled = _compiled(model)
+    emitted = compiled.program.emitted
+    return Graphs(compiled.profile.joint.module, emitted.forward, emitted.backward)
+
+
+def _compiled(model: nn.Module) -> Compiled:
+    planner = planner_of(model)
     if planner is None:
         raise FxckptError("this module has no plan: give the module that fxckpt.optimize returned")
     if planner.latest is None:

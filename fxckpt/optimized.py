@@ -20,7 +20,6 @@ from fxckpt.capture.roles import Input, InputKind
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.compile import Compiled, Options, annotate, make_plan, make_program, profile_step
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
-from fxckpt.plans import Plan
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime import Program, Tangents, run_forward
@@ -94,7 +93,7 @@ class Planner:
 
     def __init__(self, plain: nn.Module, options: Options) -> None:
         self.plain, self.options = plain, options
-        self.latest: Plan | None = None
+        self.latest: Compiled | None = None
         self.forward = functools.partial(Planner.call, self)
         functools.update_wrapper(self.forward, plain.forward)  # inspect.signature sees the model's own arguments
         self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
@@ -103,7 +102,7 @@ class Planner:
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, planned. Without grad it is the plain forward."""
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return self.plain.forward(*args, **kwargs)
         tensors, structure = take_apart((args, kwargs))
         entry = self._entry(tensors, structure, args, kwargs)
@@ -173,8 +172,8 @@ class Planner:
             frozenset(n for n, i in enumerate(inputs) if i.gradient is not None and i.path in hooked),
         )
         annotate(profile, plan)
-        self.latest = plan
-        return Compiled(profile, plan, program)
+        self.latest = Compiled(profile, plan, program)
+        return self.latest
 
     def _given(self, inputs: Sequence[Input], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         get = self._watch.tensor

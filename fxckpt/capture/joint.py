@@ -9,6 +9,7 @@ import contextlib
 import functools
 import itertools
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.errors import CaptureError
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Tracing sets flags and replaces functions for the whole process."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ def capture(
     modules = {id(module): name for name, module in model.named_modules()}
     traced = _Traced(model, call, inputs)
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
-    with _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
+    with _ONE_AT_A_TIME, _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
         stack.enter_context(_backward_from(traced, tangents))
         joint = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs
@@ -214,8 +218,11 @@ def _unchanged(model: nn.Module, traced: _Traced) -> Iterator[None]:
     finally:
         torch.set_rng_state(state)
         for module, attributes in before.items():
-            vars(module).clear()
-            vars(module).update(attributes)
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            for name, value in attributes.items():
+                if vars(module).get(name) is not value:
+                    vars(module)[name] = value
 
 
 def _same(new: Any, old: Any) -> bool:

@@ -568,3 +568,26 @@ def test_a_printed_plan_is_the_same_each_time() -> None:
     assert texts[0] == texts[1]
     assert "blocks." in texts[0]
     assert "models.py:" in texts[0]
+
+
+# The emitted graphs
+
+
+def test_the_graphs_show_what_is_repeated() -> None:
+    subject = case("mlp")
+    model, args, kwargs = subject.build()
+    with pytest.raises(fxckpt.FxckptError, match="no plan"):
+        fxckpt.graphs(model)
+    optimized = fxckpt.optimize(model, 2**40, solver="min_memory")
+    with pytest.raises(fxckpt.FxckptError, match="nothing is planned yet"):
+        fxckpt.graphs(optimized)
+    subject.loss(optimized(*args, **kwargs)).backward()
+    graphs, plan = fxckpt.graphs(optimized), api.plan_of(optimized)
+    repeats = plan.schedule.repeats()
+    assert repeats
+    for index, op in enumerate(plan.graph.ops):
+        assert graphs.backward.code.count(f" {op.name}_again") >= bool(repeats.get(index))
+    runs = {node.name: node.meta["fxckpt"]["runs"] for node in graphs.captured.graph.nodes if "fxckpt" in node.meta}
+    assert runs == {op.name: 1 + repeats.get(index, 0) for index, op in enumerate(plan.graph.ops)}
+    assert "yield" in graphs.backward.code
+    assert "yield" not in graphs.forward.code

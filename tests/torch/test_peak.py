@@ -59,7 +59,7 @@ def optimize(subject: Case, budget: Any, gradients: str, **options: Any) -> tupl
     planner = planner_of(optimized)
     assert planner is not None
     assert planner.latest is not None
-    return optimized, planner.latest
+    return optimized, planner.latest.plan
 
 
 def measure_warm(model: nn.Module, subject: Case, gradients: str) -> int:
