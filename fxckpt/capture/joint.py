@@ -66,6 +66,7 @@ class _Traced(nn.Module):
         self._forward, self._inputs = forward, inputs
         self.outputs: Structure | None = None
         self.attributes = tensor_attributes(model)
+        self._aliases = _aliases(model)
         for index, (owner, name) in enumerate(self.attributes):
             self.register_buffer(f"attribute_{index}", owner[name].detach())
 
@@ -73,8 +74,47 @@ class _Traced(nn.Module):
         for index, (owner, name) in enumerate(self.attributes):
             owner[name] = getattr(self, f"attribute_{index}")
         args, kwargs = put_together(self._inputs, iter(tensors))
-        flat, self.outputs = take_apart(self._forward(*args, **kwargs))
+        with _tied(self._aliases):
+            flat, self.outputs = take_apart(self._forward(*args, **kwargs))
         return flat
+
+    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:  # noqa: ARG002
+        """Each parameter once, whatever is asked for: a tied one is one input of the graph and has one gradient."""
+        return super().named_parameters(prefix, recurse, remove_duplicate=True)
+
+    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:  # noqa: ARG002
+        """Each buffer once, whatever is asked for."""
+        return super().named_buffers(prefix, recurse, remove_duplicate=True)
+
+
+_Place = tuple[dict[str, Any], str]
+
+
+def _aliases(model: nn.Module) -> list[tuple[_Place, _Place]]:
+    """Further places of parameters and buffers that several modules share, each with the first place."""
+    first: dict[int, _Place] = {}
+    found = []
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None and id(tensor) in first:
+                    found.append(((held, name), first[id(tensor)]))
+                elif tensor is not None:
+                    first[id(tensor)] = (held, name)
+    return found
+
+
+@contextlib.contextmanager
+def _tied(aliases: list[tuple[_Place, _Place]]) -> Iterator[None]:
+    """While a model is traced its parameters are replaced, each in its first place: let the other places follow."""
+    before = [held[name] for (held, name), _ in aliases]
+    for (held, name), (first, first_name) in aliases:
+        held[name] = first[first_name]
+    try:
+        yield
+    finally:
+        for ((held, name), _), tensor in zip(aliases, before, strict=True):
+            held[name] = tensor
 
 
 def tensor_attributes(model: nn.Module) -> list[tuple[dict[str, Any], str]]:

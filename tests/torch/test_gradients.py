@@ -122,7 +122,7 @@ def test_every_budget(case: Case, solver: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_a_model_that_plans_at_its_first_call(case: Case) -> None:
     subject = subject_of(case)
-    model = fxckpt.optimize(subject.reset(), 0.7)
+    model = fxckpt.optimize(subject.reset(), 0.9)  # above the floor of the smallest models
     assert_same_step(run_step(model, subject.args, subject.kwargs, case.loss), subject.expected)
 
 
