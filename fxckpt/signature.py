@@ -29,6 +29,7 @@ class Watch:
         children: where each submodule is found, and which it was.
         parameters, buffers: where each is found, by path.
         attributes: where plain tensor attributes are found.
+        sizes: how many submodules, parameters and buffers each module had.
     """
 
     modules: tuple[tuple[str, nn.Module], ...]
@@ -36,25 +37,17 @@ class Watch:
     parameters: dict[str, _Place]
     buffers: dict[str, _Place]
     attributes: tuple[_Place, ...]
+    sizes: tuple[int, ...]
 
     def changed(self) -> bool:
         """Whether submodules, parameters or buffers were added, removed or replaced by others of another name."""
         try:
             return (
-                any(owner[name] is not child for (owner, name), child in self.children) or self._sizes() != self._counts
+                any(owner[name] is not child for (owner, name), child in self.children)
+                or _sizes(self.modules) != self.sizes
             )
         except KeyError:
             return True
-
-    def _sizes(self) -> list[int]:
-        return [len(m._modules) + len(m._parameters) + len(m._buffers) for _, m in self.modules]
-
-    @property
-    def _counts(self) -> list[int]:
-        return object.__getattribute__(self, "_initial")  # type: ignore[no-any-return]
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_initial", self._sizes())
 
     def signature(self, tensors: list[torch.Tensor], structure: Structure) -> Signature:
         """A hashable value that is equal for calls which one plan serves."""
@@ -127,7 +120,12 @@ def watch(model: nn.Module) -> Watch:
         dict(_places(modules, "_parameters")),
         dict(_places(modules, "_buffers")),
         tuple(tensor_attributes(model)),
+        _sizes(modules),
     )
+
+
+def _sizes(modules: tuple[tuple[str, nn.Module], ...]) -> tuple[int, ...]:
+    return tuple([len(m._modules) + len(m._parameters) + len(m._buffers) for _, m in modules])
 
 
 def _places(modules: tuple[tuple[str, nn.Module], ...], kind: str) -> list[tuple[str, _Place]]:

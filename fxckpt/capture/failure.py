@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 
-import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
 
+from fxckpt.capture.provenance import is_users
 from fxckpt.errors import CaptureError
-
-_LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
     (
@@ -57,7 +53,7 @@ def explain(error: BaseException) -> CaptureError:
 
 def _user_line(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
-    users = [f for f in frames if not f.filename.startswith((_LIBRARY, _OURS, "<"))]
+    users = [frame for frame in frames if is_users(frame.filename)]
     if not users:
         return "the model's forward"
     last = users[-1]

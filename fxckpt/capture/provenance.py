@@ -49,7 +49,7 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
     source = ""
     while frame is not None and (module is None or not source):
         filename = frame.f_code.co_filename
-        if not source and (filename == _DEMO or not filename.startswith((_LIBRARY, _OURS, "<"))):
+        if not source and is_users(filename):
             source = f"{filename}:{frame.f_lineno}"
         if module is None and frame.f_code.co_name != "_call_impl":
             owner = frame.f_locals.get("self")
@@ -57,6 +57,11 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
                 module = modules.get(id(owner))
         frame = frame.f_back
     return module or "", source
+
+
+def is_users(filename: str) -> bool:
+    """Whether a file is the user's code: neither torch's, nor ours, nor generated."""
+    return filename == _DEMO or not filename.startswith((_LIBRARY, _OURS, "<"))
 
 
 def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
