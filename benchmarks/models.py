@@ -1,0 +1,124 @@
+"""Models for benchmarks that tests have no use for, with their inputs: `CASES`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.models import Arguments, Case, tokens
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit mean square, written out op by op."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions, halves of the last dimension as pairs."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm attention with rotary positions, and a gated feed-forward layer; no biases."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = RMSNorm(width), RMSNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        y = self.norm_1(x)
+        query, key, value = (
+            layer(y).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
+        y = self.norm_2(x)
+        z: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return z
+
+
+class Llama(nn.Module):
+    """A Llama-like decoder that returns logits."""
+
+    def __init__(self, layers: int, width: int, heads: int, hidden: int, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, hidden) for _ in range(layers))
+        self.norm = RMSNorm(width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        half = width // heads
+        frequencies = torch.outer(torch.arange(length).float(), 10000 ** (-torch.arange(0, half, 2).float() / half))
+        angles = torch.cat((frequencies, frequencies), -1)
+        self.register_buffer("cos", angles.cos())
+        self.register_buffer("sin", angles.sin())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.tokens(ids)
+        for block in self.blocks:
+            x = block(x, self.cos, self.sin)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+
+class Residual(nn.Module):
+    """x + relu(linear(x))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.relu(self.linear(x))
+
+
+class Stack(nn.Module):
+    """Blocks one after the other, then a linear head of ten outputs."""
+
+    def __init__(self, blocks: Iterable[nn.Module], width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        y: Tensor = self.head(x)
+        return y
+
+
+def llama(layers: int, width: int, hidden: int, length: int, batch: int) -> tuple[nn.Module, Arguments]:
+    return Llama(layers, width, 4, hidden, 1000, length), ((tokens(batch, length),), {})
+
+
+def residual_mlp(layers: int, width: int, batch: int) -> tuple[nn.Module, Arguments]:
+    """Very deep and narrow."""
+    return Stack((Residual(width) for _ in range(layers)), width), ((torch.randn(batch, width),), {})
+
+
+def mlp(layers: int, width: int, batch: int) -> tuple[nn.Module, Arguments]:
+    """The ops of `tests.models.mlp`, with linear and relu in one module, so that both can be wrapped at once."""
+    blocks = (nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers))
+    return Stack(blocks, width), ((torch.randn(batch, width),), {})
+
+
+CASES: tuple[Case, ...] = (
+    Case("llama12", lambda: llama(12, 256, 688, 256, 4)),
+    Case("resmlp1000", lambda: residual_mlp(1000, 32, 256)),
+)
