@@ -1,4 +1,4 @@
-"""Freeze the graphs of the test models as data, with times by the cost model "reference".
+"""Freeze the graphs of models as data, with times by the cost model "reference".
 
     python -m benchmarks.capture_graphs [case …]
 
@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fxckpt
+from benchmarks.models import CASES
 from fxckpt.graph import Graph
 from tests.models import FULL
 
@@ -26,7 +27,7 @@ def anonymous(graph: Graph) -> Graph:
 
 def main(names: list[str]) -> None:
     GRAPHS.mkdir(exist_ok=True)
-    for case in FULL:
+    for case in (*FULL, *CASES):
         if names and case.name not in names:
             continue
         model, args, kwargs = case.build()
