@@ -90,7 +90,51 @@ class Timeline:
 
     def breakdown(self, step: int) -> dict[PeakKind, int]:
         """Bytes in use at a step by what they are for; the sum is `live_bytes[step]` [B]."""
-        graph, split = self.graph, self.schedule.forward_steps
+        if step < 0:
+            return self._static_bytes_by_kind()
+        return {kind: int(series[step]) for kind, series in self.live_bytes_by_kind.items()}
+
+    @cached_property
+    def live_bytes_by_kind(self) -> dict[PeakKind, npt.NDArray[np.int64]]:
+        """`live_bytes` by what they are for: one array of shape (steps,) a kind, which add up to it [B]."""
+        graph, steps = self.graph, len(self.schedule)
+        change = {kind: np.zeros(steps + 1, dtype=np.int64) for kind in PEAK_KINDS}
+        for kind, size_bytes in self._static_bytes_by_kind().items():
+            change[kind][0] += size_bytes
+        for kind, life in zip(self.kinds, self.lifetimes, strict=True):
+            change[kind][life.born] += graph.storages[life.storage].size_bytes
+            change[kind][life.dies + 1] -= graph.storages[life.storage].size_bytes
+        live_bytes = {kind: np.cumsum(series[:steps]) for kind, series in change.items()}
+        live_bytes["temporaries"] += _workspace_bytes(graph, self.schedule)
+        return live_bytes
+
+    @cached_property
+    def kinds(self) -> tuple[PeakKind, ...]:
+        """What each of `lifetimes` is for."""
+        outputs, gradients = frozenset(self.graph.outputs), frozenset(self.graph.gradients)
+
+        def kind(life: Lifetime) -> PeakKind:
+            storage = self.graph.storages[life.storage]
+            if life.storage in gradients:
+                return "gradients"
+            if life.storage in outputs or storage.kind == "tangent":
+                return "inputs and outputs"
+            if life.recomputed:
+                return "recomputed"
+            kept = storage.kind == "activation" and life.dies >= self.schedule.forward_steps
+            return "saved" if kept else "temporaries"
+
+        return tuple(map(kind, self.lifetimes))
+
+    @cached_property
+    def start_us(self) -> npt.NDArray[np.float64]:
+        """When each step starts, and at the end when the last one ends; shape (steps + 1,) [µs]."""
+        times = np.fromiter((self.graph.ops[i].time_us for i in self.schedule.order), np.float64, len(self.schedule))
+        return np.concatenate(([0.0], np.cumsum(times)))
+
+    def _static_bytes_by_kind(self) -> dict[PeakKind, int]:
+        """What is there during the whole step; the sum is `Graph.static_bytes` [B]."""
+        graph = self.graph
         sums = dict.fromkeys(PEAK_KINDS, 0)
         for storage in graph.storages:
             if storage.kind in RESIDENT:
@@ -98,22 +142,6 @@ class Timeline:
                 sums[kind] += storage.size_bytes
         sums["reserved"] = graph.reserved_bytes
         sums["gradients"] = graph.allocated_gradient_bytes if graph.gradients_allocated else 0
-        outputs, gradients = frozenset(graph.outputs), frozenset(graph.gradients)
-        for life in self.alive_at(step):
-            storage = graph.storages[life.storage]
-            if life.storage in gradients:
-                kind = "gradients"
-            elif life.storage in outputs or storage.kind == "tangent":
-                kind = "inputs and outputs"
-            elif life.recomputed:
-                kind = "recomputed"
-            elif storage.kind == "activation" and life.dies >= split:
-                kind = "saved"
-            else:
-                kind = "temporaries"
-            sums[kind] += storage.size_bytes
-        if step >= 0:
-            sums["temporaries"] += graph.ops[self.schedule.order[step]].workspace_bytes
         return sums
 
 
@@ -131,11 +159,14 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
         size_bytes = graph.storages[life.storage].size_bytes
         change[life.born] += size_bytes
         change[life.dies + 1] -= size_bytes
-    workspace_bytes = np.fromiter((graph.ops[i].workspace_bytes for i in schedule.order), np.int64, steps)
     step_us = sum(graph.ops[i].time_us for i in schedule.order)
     recompute_us = sum(graph.ops[i].time_us * count for i, count in schedule.repeats().items())
-    live_bytes = graph.static_bytes + np.cumsum(change[:steps]) + workspace_bytes
+    live_bytes = graph.static_bytes + np.cumsum(change[:steps]) + _workspace_bytes(graph, schedule)
     return Timeline(graph, schedule, lifetimes, live_bytes, step_us, recompute_us)
+
+
+def _workspace_bytes(graph: Graph, schedule: Schedule) -> npt.NDArray[np.int64]:
+    return np.fromiter((graph.ops[i].workspace_bytes for i in schedule.order), np.int64, len(schedule))
 
 
 def _lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:

@@ -237,6 +237,9 @@ def test_time_is_the_sum_over_runs(drawn: tuple[Graph, Schedule]) -> None:
     timeline = simulate(graph, schedule)
     assert timeline.step_us == sum(graph.ops[i].time_us for i in schedule.order)
     assert timeline.recompute_us == timeline.step_us - graph.step_us
+    assert timeline.start_us.tolist() == [
+        sum(graph.ops[i].time_us for i in schedule.order[:s]) for s in range(len(schedule) + 1)
+    ]
 
 
 @given(graphs_with_schedules())
@@ -247,6 +250,19 @@ def test_every_breakdown_adds_up(drawn: tuple[Graph, Schedule]) -> None:
         assert tuple(parts) == PEAK_KINDS
         assert all(size_bytes >= 0 for size_bytes in parts.values())
         assert sum(parts.values()) == live_bytes
+    assert sum(timeline.breakdown(-1).values()) == timeline.graph.static_bytes
+
+
+@given(graphs_with_schedules())
+def test_kinds_hold_the_bytes_of_their_lifetimes(drawn: tuple[Graph, Schedule]) -> None:
+    timeline = simulate(*drawn)
+    static = timeline.breakdown(-1)
+    for step, op in enumerate(timeline.schedule.order):
+        sums = dict(static)
+        sums["temporaries"] += timeline.graph.ops[op].workspace_bytes
+        for kind, life in zip(timeline.kinds, timeline.lifetimes, strict=True):
+            sums[kind] += timeline.graph.storages[life.storage].size_bytes if life.born <= step <= life.dies else 0
+        assert timeline.breakdown(step) == sums
 
 
 def saved_by_definition(timeline: Timeline) -> int:
