@@ -1,7 +1,8 @@
-"""What the comparisons with other tools run on: models, and of each the blocks that a user would wrap in `checkpoint`."""
+"""What comparisons with other tools run on: models, and of each the blocks that a user would wrap in `checkpoint`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,14 @@ from torch import nn
 
 from benchmarks.models import CASES, llama, mlp, residual_mlp
 from tests.models import Case, case
+
+GROUP_SIZES = (1, 2, 3, 4)
+"""How many blocks are wrapped in one `checkpoint`."""
+
+
+def segment_counts(blocks: int) -> list[int]:
+    """With how many segments `checkpoint_sequential` is tried: √n and n/2."""
+    return sorted({count for count in (round(math.sqrt(blocks)), blocks // 2) if count > 1})
 
 
 @dataclass(frozen=True)
