@@ -9,12 +9,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxckpt.errors import InvalidScheduleError, PlanFormatError
 from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import Timeline, simulate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _FORMAT = 1
 _LARGEST_BYTES = 512 * 2**20
@@ -134,6 +139,27 @@ class Plan:
         if plan.fingerprint != data.get("fingerprint"):
             raise PlanFormatError("the plan's graph and its fingerprint differ: the file was changed")
         return plan
+
+    def plot_timeline(self, *, axis: Literal["time", "steps"] = "time") -> tuple[Figure, Axes]:
+        """Memory over the step as a figure and its axes: see `fxckpt.report.plot.plot_timeline`.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            FxckptError: there is no such axis, or the plan has no ops.
+        """
+        from fxckpt.report.plot import plot_timeline
+
+        return plot_timeline(self, axis=axis)
+
+    def save_html(self, file: str | PathLike[str]) -> None:
+        """Write the plan as one page that needs no network: the timeline to point at, and the table of tensors.
+
+        Raises:
+            FxckptError: the file can't be written, or the plan has no ops.
+        """
+        from fxckpt.report.page import save_page
+
+        save_page(self, file)
 
     def __repr__(self) -> str:
         return (

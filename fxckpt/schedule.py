@@ -36,6 +36,16 @@ class Schedule:
             counts[op] = counts.get(op, -1) + 1
         return {op: count for op, count in counts.items() if count}
 
+    def repeated_steps(self) -> list[int]:
+        """The steps that run an op which has run before."""
+        seen: set[int] = set()
+        steps = []
+        for step, op in enumerate(self.order):
+            if op in seen:
+                steps.append(step)
+            seen.add(op)
+        return steps
+
 
 def plain(graph: Graph) -> Schedule:
     """Every op once, in the order of the plain model."""

@@ -10,7 +10,8 @@ from fxckpt.simulate import PeakKind
 TEXT = "#767b82"
 """Contrast above 4:1 on white and on near-black."""
 
-GREY, BLUE, ORANGE, SKY, GREEN, PURPLE = "#999999", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7"
+GREY, BLUE, ORANGE, SKY, GREEN = "#999999", "#0072b2", "#e69f00", "#56b4e9", "#009e73"
+PURPLE, VERMILION = "#cc79a7", "#d55e00"
 
 KIND_COLOURS: dict[PeakKind, str] = {
     "reserved": "#c8c8c8",
@@ -23,5 +24,5 @@ KIND_COLOURS: dict[PeakKind, str] = {
 }
 """What each kind of memory is drawn in, in the order in which kinds are stacked: what stays lowest."""
 
-SERIES = ((PURPLE, "s"), (GREEN, "^"), (SKY, "D"), ("#d55e00", "v"), (GREY, "P"), (ORANGE, "X"), (BLUE, "*"))
+SERIES = ((PURPLE, "s"), (GREEN, "^"), (SKY, "D"), (VERMILION, "v"), (GREY, "P"), (ORANGE, "X"), (BLUE, "*"))
 """Colours and marks of series of points: no two alike in both."""

@@ -8,10 +8,14 @@ from math import ceil, log2
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from fxckpt.errors import MissingExtraError
-from fxckpt.plans import Figures
-from fxckpt.report.palette import BLUE, GREY, ORANGE, SERIES, TEXT
+from fxckpt.plans import Figures, Plan
+from fxckpt.report.palette import BLUE, GREY, KIND_COLOURS, ORANGE, SERIES, TEXT, VERMILION
+from fxckpt.report.rows import short_target
+from fxckpt.report.sampling import Axis, columns, ticks
+from fxckpt.simulate import PeakKind, Timeline
 from fxckpt.units import format_bytes, format_us
 
 if TYPE_CHECKING:
@@ -35,6 +39,10 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": TEXT,
 }
 _MOST_TICKS = 8
+_MOST_COLUMNS = 1500
+_HEADROOM = 1.2
+
+Bytes = npt.NDArray[np.int64]
 
 
 def plot_curve(
@@ -94,6 +102,89 @@ def _ratio_axis(ax: Axes, step_us: float) -> None:
     ratio.set_ylabel("× the plain model")
 
 
+def plot_timeline(plan: Plan, *, axis: Axis = "time") -> tuple[Figure, Axes]:
+    """Memory in use over the step, stacked by what it is for, with the plain model's outline and the budget.
+
+    Args:
+        plan: the plan.
+        axis: "time" as the cost model has it, or "steps", each as wide as the other. Where there are thousands of
+            steps, those of most bytes are drawn.
+
+    Returns:
+        The figure and its axes. The background is transparent.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        FxckptError: there is no such axis, or the plan has no ops.
+    """
+    edges, steps = columns(plan.timeline, axis, _MOST_COLUMNS)
+    plain_edges, plain_steps = columns(plan.baseline_timeline, axis, _MOST_COLUMNS)
+    with drawing(10.0, 5.0) as (fig, ax):
+        live_bytes = plan.timeline.live_bytes_by_kind
+        for kind, low, high in _stacked({kind: live_bytes[kind][steps] for kind in KIND_COLOURS}):
+            edge = _closed(low), _closed(high)
+            ax.fill_between(edges, *edge, step="post", color=KIND_COLOURS[kind], linewidth=0, label=kind)
+        outline = _closed(plan.baseline_timeline.live_bytes[plain_steps])
+        ax.plot(plain_edges, outline, color=TEXT, linewidth=1, drawstyle="steps-post", label="plain model")
+        highest = max(plan.predicted.peak_bytes, plan.baseline.peak_bytes)
+        above = " (above)" if plan.budget_bytes > 1.5 * highest else ""
+        label = f"budget {format_bytes(plan.budget_bytes)}{above}"
+        ax.axhline(plan.budget_bytes, color=VERMILION, linestyle="--", linewidth=1.2, label=label)
+        ax.set_xlim(0, max(edges[-1], plain_edges[-1]))
+        ax.set_ylim(0, _HEADROOM * max(highest, 0 if above else plan.budget_bytes, 1))
+        _label_peak(ax, plan.timeline, axis)
+        _label_axes(ax, plan.timeline, axis)
+        legend(ax, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return fig, ax
+
+
+def _stacked(rows: Mapping[PeakKind, Bytes]) -> Iterator[tuple[PeakKind, Bytes, Bytes]]:
+    """Each kind of which there is anything, with its lower and upper edge."""
+    low = np.zeros_like(next(iter(rows.values())))
+    for kind, row in rows.items():
+        if row.any():
+            yield kind, low, low + row
+        low = low + row
+
+
+def _closed(row: Bytes) -> Bytes:
+    """One value more, for the right edge of the last column."""
+    return np.append(row, row[-1])
+
+
+def _label_peak(ax: Axes, timeline: Timeline, axis: Axis) -> None:
+    step = timeline.peak_step
+    op = timeline.graph.ops[timeline.schedule.order[step]]
+    x = ticks(timeline, axis)[step]
+    on_left = bool(x < ax.get_xlim()[1] / 2)
+    place = f"{short_target(op.target)} in {op.module or '(model)'}"
+    ax.plot(x, timeline.peak_bytes, "o", color=VERMILION, markersize=5, label="peak")
+    ax.annotate(
+        f"peak {format_bytes(timeline.peak_bytes)}\n{printable(place)}",
+        (x, timeline.peak_bytes),
+        xytext=(x, 0.98),
+        textcoords=ax.get_xaxis_transform(),
+        ha="left" if on_left else "right",
+        va="top",
+        arrowprops={"arrowstyle": "-", "color": VERMILION, "linewidth": 0.8, "relpos": (0 if on_left else 1, 0)},
+        parse_math=False,
+    )
+
+
+def _label_axes(ax: Axes, timeline: Timeline, axis: Axis) -> None:
+    begins = ticks(timeline, axis)
+    in_time = begins is timeline.start_us
+    if in_time:
+        ax.xaxis.set_major_formatter(lambda value, _: format_us(value))
+    ax.set_xlabel(
+        "time of the step by the cost model" if in_time else "ops of the step, in the order in which they run"
+    )
+    ax.set_ylabel("memory in use")
+    bytes_axis(ax, "y")
+    backward = begins[timeline.schedule.forward_steps]
+    ax.axvline(backward, color=TEXT, linestyle=":", linewidth=1, label="backward starts")
+
+
 @contextmanager
 def drawing(width: float = 8.0, height: float = 4.5) -> Iterator[tuple[Figure, Axes]]:
     """An empty figure in the style of all pictures; sizes in inches.
@@ -119,8 +210,14 @@ def bytes_axis(ax: Axes, which: Literal["x", "y"]) -> None:
     axis.set_major_formatter(lambda value, _: format_bytes(int(value)))
 
 
-def legend(ax: Axes) -> None:
+def printable(text: str) -> str:
+    """A text in which what fonts can't show is a question mark."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def legend(ax: Axes, **place: Any) -> None:
     """The legend of all areas, lines and points; names are taken as they are, neither hidden nor read as formulas."""
     drawn = [*ax.collections, *ax.lines]
-    for text in ax.legend(drawn, [str(artist.get_label()) for artist in drawn]).get_texts():
+    labels = [str(artist.get_label()) for artist in drawn]
+    for text in ax.legend(drawn, labels, **place).get_texts():
         text.set_parse_math(False)

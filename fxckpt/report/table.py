@@ -6,6 +6,7 @@ from typing import Protocol
 
 from tabulate import tabulate
 
+from fxckpt.graph import Graph
 from fxckpt.plans import Plan
 from fxckpt.report import rows
 from fxckpt.simulate import PEAK_KINDS, Timeline, simulate
@@ -17,7 +18,9 @@ SHORT_ROWS = 30
 WIDTH = 140
 """Characters in the longest line."""
 
-_COLUMNS = ("module", "source", "op", "bytes", "time", "runs", "decision", "reason")
+COLUMNS = ("module", "source", "op", "bytes", "time", "runs", "decision", "reason")
+"""Of the table of tensors."""
+
 _NARROWEST = {"op": 12, "reason": 30, "source": 16, "module": 22}
 """Columns that are cut where lines are too long, in this order, and how far."""
 
@@ -52,14 +55,15 @@ def plan_text(plan: Plan, *, all: bool = False, measurement: Measured | None = N
     return "\n\n".join(parts) + "\n"
 
 
-def _title(plan: Plan) -> str:
+def facts(plan: Plan) -> list[tuple[str, str]]:
+    """What kind of plan it is: names and texts."""
     graph = plan.graph
     repeated = plan.schedule.repeats()
     if graph.gradients_allocated:
         gradients = "already allocated (.grad holds tensors before the step: they take memory all the time)"
     else:
         gradients = "fresh (.grad is None before the step: they take memory as backward produces them)"
-    facts = [
+    return [
         ("solver", f"{plan.solver} (times by cost model {plan.cost_model!r})"),
         ("budget", f"{format_bytes(plan.budget_bytes)}, {_fraction(plan)}"),
         ("gradients", gradients),
@@ -67,8 +71,12 @@ def _title(plan: Plan) -> str:
         ("repeated", f"{len(repeated)} ops, {sum(repeated.values())} runs more than the plain model"),
         ("fingerprint", plan.fingerprint),
     ]
-    width = max(len(name) for name, _ in facts)
-    return "\n".join(["fxckpt plan", *(f"  {name:<{width}}  {text}" for name, text in facts)])
+
+
+def _title(plan: Plan) -> str:
+    found = facts(plan)
+    width = max(len(name) for name, _ in found)
+    return "\n".join(["fxckpt plan", *(f"  {name:<{width}}  {text}" for name, text in found)])
 
 
 def _fraction(plan: Plan) -> str:
@@ -78,7 +86,8 @@ def _fraction(plan: Plan) -> str:
     return f"{plan.budget_bytes / max(peak_bytes, 1):.1%} of the plain model's peak"
 
 
-def _figures(plan: Plan, measurement: Measured | None) -> str:
+def figures(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """What a step costs, plain and planned: headers and rows of a table."""
     baseline, predicted = plan.baseline, plan.predicted
     other = "if .grad is None" if plan.graph.gradients_allocated else "if .grad is allocated"
     twin = plan.graph.with_gradients(not plan.graph.gradients_allocated)
@@ -95,7 +104,11 @@ def _figures(plan: Plan, measurement: Measured | None) -> str:
         ],
         _byte_row("saved for backward", baseline.saved_bytes, predicted.saved_bytes),
     ]
-    headers = ["one training step", "baseline", "plan", "change"]
+    return ["one training step", "baseline", "plan", "change"], table
+
+
+def _figures(plan: Plan, measurement: Measured | None) -> str:
+    headers, table = figures(plan)
     if measurement is not None:
         headers.append("measured")
         for row in table:
@@ -158,25 +171,27 @@ def _tensors(plan: Plan, *, everything: bool) -> str:
     graph = plan.graph
     found = rows.rows(plan, fold=not everything)
     shown = found if everything else found[:SHORT_ROWS]
-    table = [
-        [
-            rows.module_text(row.modules),
-            rows.source_text(row.source),
-            rows.ops_text(graph, row),
-            format_bytes(row.size_bytes),
-            format_us(row.time_us),
-            rows.runs_text(row),
-            rows.decision_text(row),
-            rows.reason_text(graph, row),
-        ]
-        for row in shown
-    ]
+    table = [cells(graph, row) for row in shown]
     title = "What forward computes, by module and source line, largest first (time: of one run)"
     if len(shown) < len(found):
         title += f"; {len(shown)} of {len(found)} rows, all=True or --all shows every one"
     align = ("left", "left", "left", "right", "right", "right", "left", "left")
-    text = tabulate(_fitted(table), _COLUMNS, colalign=align if table else None, disable_numparse=True)
+    text = tabulate(_fitted(table), COLUMNS, colalign=align if table else None, disable_numparse=True)
     return title + "\n" + text
+
+
+def cells(graph: Graph, row: rows.Row) -> list[str]:
+    """A row of the table of tensors, a text for each of `COLUMNS`."""
+    return [
+        rows.module_text(row.modules),
+        rows.source_text(row.source),
+        rows.ops_text(graph, row),
+        format_bytes(row.size_bytes),
+        format_us(row.time_us),
+        rows.runs_text(row),
+        rows.decision_text(row),
+        rows.reason_text(graph, row),
+    ]
 
 
 def _fitted(table: list[list[str]]) -> list[list[str]]:
@@ -184,14 +199,14 @@ def _fitted(table: list[list[str]]) -> list[list[str]]:
     if not table:
         return table
     # tabulate leaves two characters beside a header
-    widths = [max(len(name) + 2, *map(len, cells)) for name, *cells in zip(_COLUMNS, *table, strict=True)]
+    widths = [max(len(name) + 2, *map(len, cells)) for name, *cells in zip(COLUMNS, *table, strict=True)]
     excess = sum(widths) + 2 * (len(widths) - 1) - WIDTH
     for name, narrowest in _NARROWEST.items():
-        column = _COLUMNS.index(name)
+        column = COLUMNS.index(name)
         cut = min(max(excess, 0), max(widths[column] - narrowest, 0))
         widths[column] -= cut
         excess -= cut
-    return [[_cut(text, widths[i], _COLUMNS[i]) for i, text in enumerate(row)] for row in table]
+    return [[_cut(text, widths[i], COLUMNS[i]) for i, text in enumerate(row)] for row in table]
 
 
 def _cut(text: str, width: int, column: str) -> str:
