@@ -9,7 +9,7 @@ simulated peak fits is taken (`fxckpt.solvers.curve`). A local search then remov
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +24,7 @@ from fxckpt.solvers.polish import polish
 from fxckpt.solvers.segments import Segments, cut
 
 Effort = Literal["fast", "default", "max"]
+_Curves = Sequence[tuple[Curve, Reordered]]
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,24 @@ def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedu
     if nothing.peak_bytes <= budget_bytes:
         return nothing.schedule
     curves = list(_curves(graph, effort))
-    fitting = [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.fastest(budget_bytes))]
+    fitting = _fitting(graph, curves, budget_bytes)
     if not fitting:
-        lowest = [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.lowest())]
-        floor = _floor(graph, [nothing, *lowest], effort)
+        floor = _floor(graph, [nothing, *_lowest(graph, curves)], effort)
         if floor.peak_bytes > budget_bytes:
             return floor.schedule
         fitting = [floor]
     best = fastest_fitting(fitting, budget_bytes)
     return polish(graph, best.schedule, budget_bytes, effort=effort)
+
+
+def _fitting(graph: Graph, curves: _Curves, budget_bytes: int) -> list[Timeline]:
+    """The fastest schedule that fits of each table that has one."""
+    return [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.fastest(budget_bytes))]
+
+
+def _lowest(graph: Graph, curves: _Curves) -> list[Timeline]:
+    """The schedule of lowest peak of each table."""
+    return [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.lowest())]
 
 
 def _floor(graph: Graph, lowest: list[Timeline], effort: Effort) -> Timeline:
@@ -103,17 +113,30 @@ def _keeping_nothing(graph: Graph) -> Iterator[Schedule]:
         yield order.restored(Schedule(tuple(steps), graph.forward_count))
 
 
-def frontier(graph: Graph, *, effort: Effort = "default") -> list[Schedule]:
-    """Schedules from the lowest peak to the plain step, each faster than the one before: the whole curve at once."""
-    found = [simulate(graph, plain(graph))]
-    for curve, order in _curves(graph, effort):
-        found += [simulate(graph, order.restored(timeline.schedule)) for timeline in curve.timelines()]
-    found.sort(key=lambda t: (t.peak_bytes, t.step_us))
-    best: list[Timeline] = []
-    for timeline in found:
-        if not best or timeline.step_us < best[-1].step_us:
-            best.append(timeline)
-    return [timeline.schedule for timeline in best]
+def frontier(graph: Graph, *, effort: Effort = "default", points: int = 32) -> list[Schedule]:
+    """The whole curve from one set of tables: schedules from the floor to the plain step, each faster than the last.
+
+    The floor is that of `dp`. For each of some budgets evenly between its peak and the plain step's, the fastest that
+    fits of the tables and of the point before is polished a little, so the curve is close to what `dp` finds for each.
+
+    Args:
+        graph: the training step.
+        effort: as for `dp`: how many tables, and how fine.
+        points: how many budgets; the result has at most two schedules more, and fewer where several give the same.
+    """
+    nothing = simulate(graph, plain(graph))
+    curves = list(_curves(graph, effort))
+    found = [_floor(graph, [nothing, *_lowest(graph, curves)], effort)]
+    low_bytes, high_bytes = found[0].peak_bytes, nothing.peak_bytes
+    budgets = {low_bytes + (high_bytes - low_bytes) * number // (points + 1) for number in range(1, points + 1)}
+    for budget_bytes in sorted(budgets):
+        best = fastest_fitting([found[-1], *_fitting(graph, curves, budget_bytes)], budget_bytes)
+        polished = simulate(graph, polish(graph, best.schedule, budget_bytes, effort="fast"))
+        if polished.step_us < found[-1].step_us:
+            found.append(polished)
+    if found[-1].recompute_us > 0:
+        found.append(nothing)
+    return [timeline.schedule for timeline in found]
 
 
 def _curves(graph: Graph, effort: Effort) -> Iterator[tuple[Curve, Reordered]]:
