@@ -37,6 +37,7 @@ def optimize(
     optimizer: torch.optim.Optimizer | None = None,
     reserve: int | str = 0,
     plan: Plan | None = None,
+    verify: bool = False,
 ) -> Model:
     """The same model, training within a memory budget with the same gradients.
 
@@ -54,6 +55,8 @@ def optimize(
         optimizer: its state counts towards the peak.
         reserve: bytes to leave for other things.
         plan: a plan to apply instead of solving.
+        verify: run each planned step and the plain one once, on copies of the model, and compare what they leave bit by
+            bit. Takes the memory of the plain step.
 
     Returns:
         A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the
@@ -64,10 +67,12 @@ def optimize(
         CaptureError: the model can't be captured as one graph.
         InfeasibleBudgetError: the budget is below what recomputation can reach.
         PlanMismatchError: `plan` is for another graph.
+        VerificationError: with `verify`, a step leaves something else than the plain step. The message names the first
+            op that differs: put it into a bug report.
     """
     if plan is not None and memory_budget is None:
         memory_budget = plan.budget_bytes
-    options = _options(memory_budget, solver, cost_model, optimizer, reserve, plan=plan)
+    options = _options(memory_budget, solver, cost_model, optimizer, reserve, plan=plan, verify=verify)
     result = stand_in(model, options)
     planner = planner_of(result)
     assert planner is not None

@@ -43,6 +43,7 @@ class Options:
         plan: a plan to apply instead of solving.
         run_ops: whether ops may be run to find their workspace and time.
         device: what to estimate times for, if not the device that the model is on.
+        verify: whether to compare a step with the plain model's whenever one is planned.
     """
 
     budget: Budget
@@ -52,6 +53,7 @@ class Options:
     plan: Plan | None = None
     run_ops: bool = True
     device: str | DeviceProfile | None = None
+    verify: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxckpt.capture.roles import Input, InputKind
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.compile import Compiled, Options, annotate, make_plan, make_program, profile_step
+from fxckpt.equivalence import check_same_step
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
@@ -109,7 +109,7 @@ class Planner:
         if entry is None:
             return self.plain.forward(*args, **kwargs)
         compiled = entry.expected
-        given = self._given(compiled.profile.joint.roles.inputs, tensors)
+        given = self._watch.given(compiled.profile.joint.roles.inputs, tensors)
         other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
         results = run_forward(compiled.program, given, other_backward)
         return put_together(compiled.profile.joint.outputs, iter(results))
@@ -159,7 +159,18 @@ class Planner:
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
         compiled = self._compile(profile, self.options)
-        return _Entry(compiled, allocated, {compiled.program.tangents: compiled})
+        entry = _Entry(compiled, allocated, {compiled.program.tangents: compiled})
+        if self.options.verify:
+            self._verify(entry, args, kwargs)
+        return entry
+
+    def _verify(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Compare a step with the plain model's; what is planned meanwhile for other outputs is forgotten."""
+        trial = replace(entry, captured=dict(entry.captured), bridges={})
+        other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
+        tensors, structure = take_apart((tuple(args), kwargs))
+        check_same_step(self.plain, entry.expected, structure, tensors, other_backward)
+        self.latest = entry.expected
 
     def _compile(self, profile: Profile, options: Options) -> Compiled:
         similar = [entry.expected.plan for entry in self._entries.values() if entry is not None]
@@ -175,31 +186,32 @@ class Planner:
         self.latest = Compiled(profile, plan, program)
         return self.latest
 
-    def _given(self, inputs: Sequence[Input], tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-        get = self._watch.tensor
-        return [tensors[i.index] if i.kind is InputKind.ARGUMENT else get(i) for i in inputs]
-
     def _backward_for(
         self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
     ) -> Program:
         """A backward from other outputs, continuing from the forward that ran; the next forward is planned for them."""
         with self._lock:
-            if present not in entry.captured:
-                entry.captured[present] = self._recapture(entry, ran, args, kwargs, present)
-            other = entry.expected = entry.captured[present]
-            if other is ran:
-                return ran.program
-            key = (id(ran), present)
-            if key not in entry.bridges:
-                try:
-                    emitted = bridge(ran.program.emitted, other.profile)
-                except InvalidScheduleError as error:
-                    raise RuntimeContractError(
-                        f"backward started from other outputs than expected, and this forward can't serve it: {error}. "
-                        "Run forward again: it is planned for them now"
-                    ) from error
-                entry.bridges[key] = Program(other.profile.joint.roles, emitted)
-            return entry.bridges[key]
+            return self._other_backward(entry, ran, args, kwargs, present)
+
+    def _other_backward(
+        self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+    ) -> Program:
+        if present not in entry.captured:
+            entry.captured[present] = self._recapture(entry, ran, args, kwargs, present)
+        other = entry.expected = entry.captured[present]
+        if other is ran:
+            return ran.program
+        key = (id(ran), present)
+        if key not in entry.bridges:
+            try:
+                emitted = bridge(ran.program.emitted, other.profile)
+            except InvalidScheduleError as error:
+                raise RuntimeContractError(
+                    f"backward started from other outputs than expected, and this forward can't serve it: {error}. "
+                    "Run forward again: it is planned for them now"
+                ) from error
+            entry.bridges[key] = Program(other.profile.joint.roles, emitted)
+        return entry.bridges[key]
 
     def _recapture(
         self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents

@@ -86,7 +86,7 @@ def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[tor
 
 
 @contextlib.contextmanager
-def _plain_execution() -> Iterator[None]:
+def plain_execution() -> Iterator[None]:
     """Ops run as they stand in the graph: autograd has its own record, and casts are ops already."""
     with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
         yield
@@ -106,7 +106,7 @@ class _Step:
         """Compute outputs, copy updates into the inputs that forward changes, and keep what backward reads."""
         emitted, roles = self._program.emitted, self._program.roles
         updated = self._program.updated()
-        with _plain_execution():
+        with plain_execution():
             values: tuple[torch.Tensor, ...] = emitted.forward.forward(list(self._given))
         with torch.no_grad():
             for index, new in zip(updated, values, strict=False):
@@ -173,7 +173,7 @@ class _Step:
         if self._running is None:
             raise RuntimeContractError("backward was entered in the middle; differentiate the outputs of the model")
         try:
-            with _plain_execution():
+            with plain_execution():
                 finished = next(self._running)
         except BaseException:
             self._running = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +72,10 @@ class Watch:
     def gradients_allocated(self) -> bool:
         """Whether some parameter has a gradient, which this step will add to."""
         return any(p is not None and p.grad is not None for o, n in self.parameters.values() for p in (o[n],))
+
+    def given(self, inputs: Sequence[Input], arguments: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors that graph inputs stand for; `arguments` are those of the call."""
+        return [arguments[i.index] if i.kind is InputKind.ARGUMENT else self.tensor(i) for i in inputs]
 
     def tensor(self, role: Input) -> torch.Tensor:
         """The parameter, buffer or attribute that a graph input stands for."""

@@ -88,8 +88,13 @@ def classes(batch: int = BATCH) -> Tensor:
 
 
 def language() -> Inputs:
-    tokens = ids()
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+    """Rows of different lengths, padded at the end."""
+    return padded(ids())
+
+
+def padded(tokens: Tensor) -> Inputs:
+    mask = (torch.arange(LENGTH) < LENGTH - torch.arange(len(tokens))[:, None]).long()
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
 
 
 def sequence_to_sequence() -> Inputs:
@@ -116,12 +121,7 @@ def image_in_text(image_token: int, count: int, size: int = 32) -> Inputs:
     """Text with `count` places for the features of an image."""
     tokens = ids()
     tokens[:, 1 : 1 + count] = image_token
-    return {
-        "input_ids": tokens,
-        "attention_mask": torch.ones_like(tokens),
-        "pixel_values": torch.randn(BATCH, 3, size, size),
-        "labels": tokens,
-    }
+    return {**padded(tokens), "pixel_values": torch.randn(BATCH, 3, size, size)}
 
 
 def decoder(name: str, model: str, kind: str = "text, decoder", **config: Any) -> Architecture:
@@ -275,7 +275,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
                  {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layer": 3, "n_head": 4, "d_inner": 2 * WIDTH,
                   "num_labels": LABELS}, sequence_classes),
     encoder("SqueezeBERT", "SqueezeBertForSequenceClassification", sequence_classes, embedding_size=WIDTH),
-    encoder("ModernBERT", "ModernBertForMaskedLM", **TOKENS, local_attention=16, cls_token_id=0, sep_token_id=1),
+    encoder("ModernBERT", "ModernBertForMaskedLM", language, **TOKENS, local_attention=16, cls_token_id=0, sep_token_id=1),
     encoder("Longformer", "LongformerForSequenceClassification", sequence_classes, attention_window=[8] * 3,
             pad_token_id=2),
     encoder("Nyströmformer", "NystromformerForSequenceClassification", sequence_classes, num_landmarks=8,
