@@ -31,6 +31,7 @@ def clean(module: fx.GraphModule) -> None:
     for node in graph.nodes:
         node.target = RECURRENT.get(node.target, node.target)
     _drop_unread_statistics(graph)
+    _split_convolution_backward(graph)
     _drop_copies(graph)
     _merge_views(graph)
     _own_gradients(graph)
@@ -89,6 +90,30 @@ def _drop_unread_statistics(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.target is aten.native_batch_norm_backward.default and node.args[7]:
             node.args = (*node.args[:3], None, None, *node.args[5:])
+
+
+def _split_convolution_backward(graph: fx.Graph) -> None:
+    """One op for the gradients of weight and bias, another for the input's: kernels compute them apart anyway.
+
+    So each can run when it suits: the weight's gradient needs the saved input, the other the weight alone.
+    """
+    for node in list(graph.nodes):
+        if node.target is not aten.convolution_backward.default:
+            continue
+        *arguments, (of_input, of_weight, of_bias) = node.args
+        if not of_input or not (of_weight or of_bias):
+            continue
+        halves = []
+        for name, mask in ("weight", (False, of_weight, of_bias)), ("input", (True, False, False)):
+            with graph.inserting_before(node):
+                call = "call_function", node.target, (*arguments, list(mask)), {}
+                half = graph.create_node(*call, name=f"{node.name}_{name}")
+            value = tuple(v if wanted else None for v, wanted in zip(node.meta["val"], mask, strict=True))
+            half.meta = node.meta | {"val": value}
+            halves.append(half)
+        for picked in list(node.users):
+            picked.replace_input_with(node, halves[picked.args[1] == 0])
+        graph.erase_node(node)
 
 
 def _drop_copies(graph: fx.Graph) -> None:

@@ -19,6 +19,7 @@ from fxckpt.capture.effects import is_random, is_selection
 from fxckpt.errors import InvalidScheduleError
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.codegen import compile_boxed, deliver
+from fxckpt.rewrite.in_place import overwritten, write_over
 from fxckpt.rewrite.rng import rng_state, run_with_rng_state
 from fxckpt.schedule import Schedule
 
@@ -155,6 +156,7 @@ class Writer:
         self._executed: set[int] = before._executed if before else set(executed)
         self._replayed: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
         self._repeated = schedule.repeats()
+        self._overwritten = before._overwritten if before else overwritten(profile, schedule)
 
     # values
 
@@ -211,12 +213,11 @@ class Writer:
         index = self._schedule.order[step]
         node, op = self._profile.nodes[index], self._profile.graph.ops[index]
         if index in self._executed:
-            emitted = self._repeat(node, op.replay)
+            emitted = self._repeat(node, op.replay, self._overwritten.get(step))
         else:
             if op.replay and index in self._repeated:
                 self._capture_replay(node, op.replay)
-            args, kwargs = self._arguments(node)
-            emitted = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+            emitted = self._call(node, node.name, self._overwritten.get(step))
         self._executed.add(index)
         for storage in op.writes:
             self._forget(storage)
@@ -229,6 +230,17 @@ class Writer:
         if picked:
             del self._values[node]
 
+    def _call(
+        self, node: fx.Node, name: str, over: fx.Node | None, substitutes: dict[fx.Node, fx.Node] | None = None
+    ) -> fx.Node:
+        """Call what a captured node calls; the result is written over the value of `over`, if that is given."""
+        args, kwargs = self._arguments(node, substitutes)
+        target = node.target
+        if over is not None:
+            target, written = write_over(node, args, self.value(over))
+            kwargs = {**kwargs, **written}
+        return self.graph.create_node("call_function", target, args, kwargs, name=name)
+
     def _forget(self, storage: int) -> None:
         """A storage is written anew: values in the old copy are not what later readers mean."""
         for node in self._nodes_behind.get(storage, ()):
@@ -236,15 +248,15 @@ class Writer:
             if self._before is not None:
                 self._before._values.pop(node, None)
 
-    def _repeat(self, node: fx.Node, replay: tuple[int, ...]) -> fx.Node:
+    def _repeat(self, node: fx.Node, replay: tuple[int, ...], over: fx.Node | None) -> fx.Node:
         name = f"{node.name}_again"
         captured = {s: self._replay_value(s) for s in replay}
         old = iter(captured.values())
         state = next(old) if is_random(node) else None
         changed = dict(zip(self._changed_inputs(node), old, strict=True))
-        args, kwargs = self._arguments(node, changed or None)
         if state is None:
-            return self.graph.create_node("call_function", node.target, args, kwargs, name=name)
+            return self._call(node, name, over, changed or None)
+        args, kwargs = self._arguments(node, changed or None)
         arguments = (state, _device(node), node.target, *args)
         return self.graph.create_node("call_function", run_with_rng_state, arguments, kwargs, name=name)
 

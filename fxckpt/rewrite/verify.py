@@ -15,9 +15,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxckpt.errors import VerificationError
-from fxckpt.graph import RESIDENT
+from fxckpt.graph import RESIDENT, Graph
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.codegen import deliver
+from fxckpt.rewrite.in_place import plain_call
 from fxckpt.rewrite.rng import run_with_rng_state
 from fxckpt.rewrite.split import Emitted
 from fxckpt.schedule import Schedule
@@ -65,7 +66,7 @@ def _check_arguments(profile: Profile, emitted: Emitted) -> None:
             if node in handed_over and captured is not None:
                 copy_of[node] = copy_of.get(handed_over[node], -1)  # constants have no copies
             continue
-        target, args, kwargs = _call(node)
+        target, args, kwargs, _ = _call(node)
         if target != captured.target:
             raise VerificationError(f"{node.name} calls {target}, but {captured.name} calls {captured.target}")
         expected = pytree.tree_leaves((captured.args, captured.kwargs))
@@ -97,11 +98,13 @@ def _check_value(
         raise VerificationError(f"{node.name} reads an old copy of {want.name}")
 
 
-def _call(node: fx.Node) -> tuple[Any, Any, Any]:
+def _call(node: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """What a node calls, as captured, and the value that it writes over if it does."""
     if node.target is run_with_rng_state:
         _, _, target, *args = node.args
-        return target, tuple(args), node.kwargs
-    return node.target, node.args, node.kwargs
+        return target, tuple(args), node.kwargs, None
+    target, kwargs, over = plain_call(node.target, dict(node.kwargs))
+    return target, node.args, kwargs, node.args[0] if over is ... else over
 
 
 def _backward_inputs(emitted: Emitted) -> list[fx.Node]:
@@ -122,6 +125,7 @@ def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> 
     graph, split = profile.graph, schedule.forward_steps
     copies: list[_Copy] = []
     holder: dict[fx.Node, _Copy] = {}
+    overwritten: list[tuple[fx.Node, _Copy | None, int]] = []
     handed_over = dict(zip(_backward_inputs(emitted), emitted.saved, strict=False))
     step = -1
     for node in _nodes(emitted):
@@ -130,6 +134,8 @@ def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> 
         for source in node.all_input_nodes:
             if source in holder and node.op != "output":
                 holder[source].dies = max(holder[source].dies, _step_of(node, step))
+        if isinstance(over := _call(node)[3], fx.Node):
+            overwritten.append((node, holder.get(over), step))
         if node in handed_over and handed_over[node] in holder:
             holder[node] = holder[handed_over[node]]
             holder[node].dies = max(holder[node].dies, split)
@@ -152,6 +158,16 @@ def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> 
                 holder[node] = _Copy(profile.map.behind[captured], step, step)
                 copies.append(holder[node])
     _compare(profile, schedule, copies)
+    _check_overwritten(graph, split, overwritten)
+
+
+def _check_overwritten(graph: Graph, split: int, overwritten: list[tuple[fx.Node, _Copy | None, int]]) -> None:
+    """Nobody may read a value after an op wrote over it, nor may backward write over what forward saved."""
+    handed_out = {*graph.outputs, *graph.updates, *graph.gradients}
+    for node, copy, step in overwritten:
+        if copy is None or copy.storage in handed_out or copy.dies > step or (copy.born < split) != (step < split):
+            name = graph.storages[copy.storage].name if copy else "a value that is given"
+            raise VerificationError(f"{node.name} writes over {name}, which is still needed")
 
 
 def _step_of(node: fx.Node, step: int) -> int:
