@@ -42,7 +42,7 @@ def columns(timeline: Timeline, axis: Axis, most: int) -> tuple[npt.NDArray[np.f
     if steps <= most:
         return begins, np.arange(steps)
     edges = np.linspace(0.0, begins[-1], most + 1)
-    first = np.searchsorted(begins[1:], edges[:-1], side="right").clip(max=steps - 1)
+    first = np.searchsorted(begins[1:], edges[:-1], side="left")
     last = np.searchsorted(begins[:-1], edges[1:], side="right")
     shown = [a + int(timeline.live_bytes[a:b].argmax()) for a, b in zip(first, last, strict=True)]
     return edges, np.array(shown)
