@@ -169,7 +169,7 @@ def tighten(tape: Tape) -> None:
 def _shift_if_smaller(tape: Tape, slot: int, target: int, limit_bytes: int) -> bool:
     mark, before = tape.mark(), tape.area
     shift(tape, slot, target)
-    if tape.risen_bytes() <= limit_bytes and tape.area < before:
+    if tape.area < before and tape.risen_bytes() <= limit_bytes and tape.area < before:  # hand-overs may move with it
         return True
     tape.undo(mark)
     return False

@@ -68,7 +68,8 @@ def relocate(tape: Tape, slot: int) -> bool:
     for target in islice((other for other in quiet if tape.slots[other] == EMPTY), _TRIES):
         mark = tape.mark()
         shift(tape, slot, target)
-        if tape.risen_bytes() < before and int(tape.live[slot]) < before:
+        lower = int(tape.live[slot]) < before and tape.risen_bytes(exact=False) < before
+        if lower and tape.risen_bytes() < before and int(tape.live[slot]) < before:
             return True
         tape.undo(mark)
     return False

@@ -12,11 +12,11 @@ may stand anywhere after that. And an edit is undone by the opposite edit, so a 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable
 
 import numpy as np
 
 from fxckpt.schedule import Schedule
+from fxckpt.solvers.handover import Handover
 from fxckpt.solvers.wiring import Wiring
 
 EMPTY = -1
@@ -65,13 +65,12 @@ class Tape:
             for storage, op in enumerate(wiring.producer)
         ]
         self.hold = [-1] * len(graph.storages)
-        self._least_hold = self.hold
+        self._handover = Handover(wiring, self.split, self.end) if graph.gradients_allocated else None
         self._hold_outputs()
         self.live = self._live_bytes()
         self.area = int(self.live.sum())
         self.step_us = sum(wiring.times_us[op] for op in schedule.order)
         self._journal: list[tuple[int, int]] = []  # (op, slot) put in, (~op, slot) taken out
-        self._stale = False
         self._risen = self._nowhere = (self.end + 1, 0)
 
     def _hold_outputs(self) -> None:
@@ -82,30 +81,14 @@ class Tape:
         for storage in graph.outputs:
             self.hold[storage] = self.end
         self._least_hold = list(self.hold)
-        if graph.gradients_allocated:
-            for storage, slot in self._delivery_slots():
-                self.hold[storage] = max(self.hold[storage], slot)
-        else:
+        if self._handover is None:
             for storage in graph.gradients:
                 self.hold[storage] = self.end
-
-    def _delivery_slots(self) -> Iterable[tuple[int, int]]:
-        """Pairs (gradient, slot after which it is handed over), as `fxckpt.schedule.deliveries` has it."""
-        wiring = self.wiring
-        sizes, stage_bytes = wiring.sizes, wiring.graph.stage_bytes
-        waiting = list(wiring.passed_through)
-        waiting_bytes = sum(sizes[s] for s in waiting)
-        finished = {self.runs[op][0]: wiring.gradients_of[op] for op in wiring.gradient_ops}
-        if wiring.anchored:
-            finished.setdefault(self.split, ())
-        for slot in sorted(finished):
-            for storage in finished[slot]:
-                waiting.append(storage)
-                waiting_bytes += sizes[storage]
-            if waiting_bytes >= stage_bytes:
-                yield from ((storage, slot) for storage in waiting)
-                waiting, waiting_bytes = [], 0
-        yield from ((storage, self.end) for storage in waiting)
+            return
+        for op in self.wiring.gradient_ops:
+            self._handover.move(op, None, self.runs[op][0])
+        for storage, slot in self._handover.moved(self.slots):
+            self.hold[storage] = max(self.hold[storage], slot)
 
     def _live_bytes(self) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         wiring = self.wiring
@@ -158,9 +141,13 @@ class Tape:
         self._settle()
         return int(self.live.max())
 
-    def risen_bytes(self) -> int:
-        """The most bytes in use [B] in the slots where edits since the last mark may have added some; else 0."""
-        self._settle()
+    def risen_bytes(self, *, exact: bool = True) -> int:
+        """The most bytes in use [B] in the slots where edits since the last mark may have added some; else 0.
+
+        If not `exact`, as if gradients were still handed over where they were, which is quicker.
+        """
+        if exact:
+            self._settle()
         return int(self.live[slice(*self._risen)].max(initial=0))
 
     def repeated(self) -> list[tuple[int, int]]:
@@ -254,6 +241,7 @@ class Tape:
             old, new = (0,) if add else (0, 1), (0, 1) if add else (0,)
             self._cover(op, old, sign=-1)
         before = (runs[0], runs[-1]) if len(runs) > 1 else None
+        first = runs[0] if runs else None
         if add:
             runs.insert(number, slot)
         else:
@@ -262,8 +250,8 @@ class Tape:
             self._replay(op, before, (runs[0], runs[-1]) if len(runs) > 1 else None)
         if not number:
             self._cover(op, new, sign=1)
-            if wiring.gradients_of[op]:
-                self._stale = wiring.graph.gradients_allocated
+            if self._handover is not None and wiring.gradients_of[op]:
+                self._handover.move(op, first, runs[0] if runs else None)
 
     def _cover(self, op: int, numbers: tuple[int, ...], *, sign: int) -> None:
         """Add or subtract what copies of all that an op writes take."""
@@ -307,13 +295,12 @@ class Tape:
                 self._add(after[0], after[1] + 1, size)
 
     def _settle(self) -> None:
-        """Where gradients are handed over has changed: give the first copies their new ends."""
-        if not self._stale:
+        """Where gradients are handed over may have changed: give the first copies their new ends."""
+        if self._handover is None:
             return
-        self._stale = False
-        for storage, delivered in self._delivery_slots():
+        for storage, delivered in self._handover.moved(self.slots):
             until = max(delivered, self._least_hold[storage])
-            if until != self.hold[storage]:
+            if until != self.hold[storage] and self.births[storage]:
                 _, old = self._copy(storage, 0)
                 self.hold[storage] = until
                 _, new = self._copy(storage, 0)
