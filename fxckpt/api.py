@@ -5,22 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO, TypeVar, cast
+from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
 
 import torch
 from torch import fx, nn
 
-from fxckpt.compile import COST_MODELS, Budget, Compiled, Options, free_bytes, make_plan, profile_step
-from fxckpt.errors import BudgetError, FxckptError, SolverError
+from fxckpt.compile import Compiled, make_plan, profile_step
+from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
+from fxckpt.options import Budget, Options, PlanOptions, free_bytes, read_options
 from fxckpt.plans import Plan
-from fxckpt.profile.estimate import DeviceProfile
-from fxckpt.profile.optimizer_state import optimizer_state_bytes
+from fxckpt.profile.build import Profile
 from fxckpt.report.table import plan_text
 from fxckpt.signature import watch
-from fxckpt.solvers import SOLVERS, Solver
-from fxckpt.units import parse_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 Gradients = Literal["auto", "fresh", "allocated"]
@@ -32,12 +30,9 @@ def optimize(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    solver: str | Solver = "auto",
-    cost_model: str = "auto",
-    optimizer: torch.optim.Optimizer | None = None,
-    reserve: int | str = 0,
     plan: Plan | None = None,
     verify: bool = False,
+    **options: Unpack[PlanOptions],
 ) -> Model:
     """The same model, training within a memory budget with the same gradients.
 
@@ -48,15 +43,11 @@ def optimize(
             plain model's peak. None: what the model's CUDA device has free.
         example_inputs, example_kwargs: arguments of a call, to capture and plan now; else that happens at the first
             call.
-        solver: name of a solver (see `fxckpt.solvers.SOLVERS`), or a function from a graph and a budget in bytes to a
-            schedule.
-        cost_model: "measure" times the ops on the device, "estimate" computes from FLOPs and bytes, "reference" is a
-            fixed device; "auto" measures where the model is on a real device.
-        optimizer: its state counts towards the peak.
-        reserve: bytes to leave for other things.
         plan: a plan to apply instead of solving.
         verify: run each planned step and the plain one once, on copies of the model, and compare what they leave bit by
             bit. Takes the memory of the plain step.
+        **options: how to plan: `solver`, `effort`, `solver_options`, `cost_model`, `cost_cache`, `device`, `optimizer`,
+            `reserve`; see `PlanOptions`.
 
     Returns:
         A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the
@@ -67,13 +58,13 @@ def optimize(
         CaptureError: the model can't be captured as one graph.
         InfeasibleBudgetError: the budget is below what recomputation can reach.
         PlanMismatchError: `plan` is for another graph.
+        SolverError: there is no such solver, or it does not have the options given.
         VerificationError: with `verify`, a step leaves something else than the plain step. The message names the first
             op that differs: put it into a bug report.
     """
     if plan is not None and memory_budget is None:
         memory_budget = plan.budget_bytes
-    options = _options(memory_budget, solver, cost_model, optimizer, reserve, plan=plan, verify=verify)
-    result = stand_in(model, options)
+    result = stand_in(model, read_options(memory_budget, options, plan=plan, verify=verify))
     planner = planner_of(result)
     assert planner is not None
     if example_inputs is not None or example_kwargs is not None:
@@ -89,40 +80,20 @@ def plan(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    solver: str | Solver = "auto",
-    cost_model: str = "auto",
-    optimizer: torch.optim.Optimizer | None = None,
-    reserve: int | str = 0,
     gradients: Gradients = "auto",
-    device: str | DeviceProfile | None = None,
+    **options: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a training step without running or allocating anything; the model may be on the meta device.
 
     Arguments are those of `optimize`; `gradients` says whether `.grad` is None before the step ("fresh"), holds tensors
-    ("allocated"), or is as the model has it now ("auto"); `device` names what to estimate times for ("A100", "H100",
-    "RTX 4090", "cpu", or a `DeviceProfile`), by default where the model is, or an A100 for the meta device. What
-    kernels allocate inside is known only if ops may be run: with cost_model="measure", or by `optimize`.
+    ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if ops may be run:
+    with cost_model="measure", or by `optimize`.
 
     Raises:
-        BudgetError, CaptureError, InfeasibleBudgetError: as `optimize`.
+        BudgetError, CaptureError, InfeasibleBudgetError, SolverError: as `optimize`.
     """
-    options = _options(
-        memory_budget, solver, cost_model, optimizer, reserve, run_ops=cost_model == "measure", device=device
-    )
-    plain = plain_model(model)
-    if gradients not in ("auto", "fresh", "allocated"):
-        raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {gradients!r}')
-    allocated = watch(plain).gradients_allocated() if gradients == "auto" else gradients == "allocated"
-    with torch.enable_grad():
-        profile = profile_step(
-            plain,
-            _arguments(example_inputs),
-            dict(example_kwargs or {}),
-            options,
-            forward=plain.forward,
-            gradients_allocated=allocated,
-        )
-    return make_plan(profile, options)
+    request = _plan_only(memory_budget, options)
+    return make_plan(_profile(model, example_inputs, example_kwargs, request, gradients), request)
 
 
 def print_plan(
@@ -203,26 +174,32 @@ def measure(model: nn.Module, *args: Any, **kwargs: Any) -> Measurement:
     return measure_step(model, args, kwargs)
 
 
-def _options(
-    budget: Budget,
-    solver: str | Solver,
-    cost_model: str,
-    optimizer: torch.optim.Optimizer | None,
-    reserve: int | str,
-    **rest: Any,
-) -> Options:
-    if cost_model not in COST_MODELS:
-        raise BudgetError(f"there is no cost model {cost_model!r}; choose one of {', '.join(COST_MODELS)}")
-    if isinstance(solver, str) and solver not in SOLVERS:
-        raise SolverError(f"there is no solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    reserve_bytes = parse_bytes(reserve) if isinstance(reserve, str) else reserve
-    if isinstance(reserve_bytes, bool) or not isinstance(reserve_bytes, int) or reserve_bytes < 0:
-        raise BudgetError(f"reserve must be a number of bytes, zero or more, not {reserve!r}")
-    if optimizer is not None:
-        reserve_bytes += optimizer_state_bytes(optimizer)
-    if isinstance(budget, str):
-        parse_bytes(budget)
-    return Options(budget, solver, cost_model, reserve_bytes, **rest)
+def _plan_only(budget: Budget, options: PlanOptions) -> Options:
+    """What was asked for, where ops are run only on demand."""
+    return read_options(budget, options, run_ops=options.get("cost_model") == "measure")
+
+
+def _profile(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+    options: Options,
+    gradients: Gradients,
+) -> Profile:
+    """Capture the plain model's step."""
+    plain = plain_model(model)
+    if gradients not in ("auto", "fresh", "allocated"):
+        raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {gradients!r}')
+    allocated = watch(plain).gradients_allocated() if gradients == "auto" else gradients == "allocated"
+    with torch.enable_grad():
+        return profile_step(
+            plain,
+            _arguments(example_inputs),
+            dict(example_kwargs or {}),
+            options,
+            forward=plain.forward,
+            gradients_allocated=allocated,
+        )
 
 
 def _arguments(example_inputs: Sequence[Any] | None) -> tuple[Any, ...]:

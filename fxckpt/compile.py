@@ -12,6 +12,7 @@ from torch import nn
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.errors import BudgetError, PlanMismatchError
 from fxckpt.graph import Graph
+from fxckpt.options import Options, budget_in_bytes
 from fxckpt.plans import Plan
 from fxckpt.profile import measure
 from fxckpt.profile.build import CostModel, OpCost, Profile, build, working_nodes
@@ -22,38 +23,7 @@ from fxckpt.rewrite.verify import verify
 from fxckpt.runtime import Program
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import simulate
-from fxckpt.solvers import Solver, solve
-from fxckpt.units import parse_bytes
-
-COST_MODELS = ("auto", "estimate", "measure", "reference")
-
-Budget = str | int | float | None
-"""A size such as "8GB", bytes, a fraction of the plain model's peak, or None for what the CUDA device has free."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user asked for.
-
-    Attributes:
-        budget: bound on the peak.
-        solver: name of a solver, or a function from graph and budget to a schedule.
-        cost_model: name of a cost model.
-        reserve_bytes: memory to leave for other things, optimizer state among them [B].
-        plan: a plan to apply instead of solving.
-        run_ops: whether ops may be run to find their workspace and time.
-        device: what to estimate times for, if not the device that the model is on.
-        verify: whether to compare a step with the plain model's whenever one is planned.
-    """
-
-    budget: Budget
-    solver: str | Solver = "auto"
-    cost_model: str = "auto"
-    reserve_bytes: int = 0
-    plan: Plan | None = None
-    run_ops: bool = True
-    device: str | DeviceProfile | None = None
-    verify: bool = False
+from fxckpt.solvers import solve
 
 
 @dataclass(frozen=True)
@@ -144,17 +114,19 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
     if options.plan is not None:
         _check_same_graph(options.plan, graph)
         return replace(options.plan, graph=graph)
-    budget_bytes = budget_in_bytes(options.budget, graph, profile.joint.device)
+    peak_bytes = simulate(graph, plain(graph)).peak_bytes
+    budget_bytes = budget_in_bytes(options.budget, peak_bytes, profile.joint.device)
     for plan in similar:
         if plan.graph.structure == graph.structure:
             reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
             if reused.predicted.peak_bytes <= budget_bytes:
                 return reused
-    solution = solve(graph, budget_bytes, options.solver)
-    return Plan(graph, solution.schedule, solution.solver, _cost_name(options, profile), budget_bytes)
+    solution = solve(graph, budget_bytes, options.solver, **options.solver_options)
+    return Plan(graph, solution.schedule, solution.solver, cost_name(options, profile), budget_bytes)
 
 
-def _cost_name(options: Options, profile: Profile) -> str:
+def cost_name(options: Options, profile: Profile) -> str:
+    """The name of the cost model behind a profile's times."""
     if options.cost_model != "auto":
         return options.cost_model
     return "measure" if options.run_ops and profile.joint.device.type != "meta" else "estimate"
@@ -186,45 +158,3 @@ def annotate(profile: Profile, plan: Plan) -> None:
             "runs": 1 + repeats.get(index, 0),
             "decisions": {plan.graph.storages[s].name: decided[s] for s in op.writes if s in decided},
         }
-
-
-def budget_in_bytes(budget: Budget, graph: Graph, device: torch.device) -> int:
-    """The bound on the peak that a user's budget means for a graph [B].
-
-    Raises:
-        BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of
-            its own.
-    """
-    if isinstance(budget, str):
-        return parse_bytes(budget)
-    if isinstance(budget, bool) or not isinstance(budget, (int, float, type(None))):
-        raise BudgetError(f'a memory budget is a size such as "8GB", bytes, or a fraction, not {budget!r}')
-    if budget is None:
-        return free_bytes(device)
-    if isinstance(budget, int):
-        if budget <= 0:
-            raise BudgetError(f"a memory budget must be positive, not {budget} bytes")
-        return budget
-    if not 0 < budget <= 1:
-        raise BudgetError(
-            f"a memory budget of {budget!r}, a float, is a fraction of the plain model's peak and must be in (0, 1]; "
-            f"write bytes "
-            'as an int or a text such as "8GB"'
-        )
-    return int(budget * simulate(graph, plain(graph)).peak_bytes)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that a CUDA device has for this process: what is free, and what torch holds already [B].
-
-    Raises:
-        BudgetError: the device is not a CUDA device.
-    """
-    if device.type != "cuda":
-        raise BudgetError(
-            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a "
-            f"size such "
-            'as memory_budget="8GB", or a fraction of the plain peak such as 0.5'
-        )
-    free_bytes, _ = torch.cuda.mem_get_info(device)
-    return free_bytes + torch.cuda.memory_reserved(device)

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from fxckpt.capture.structure import Structure, put_together, take_apart
-from fxckpt.compile import Compiled, Options, annotate, make_plan, make_program, profile_step
+from fxckpt.compile import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.equivalence import check_same_step
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.options import Options
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime import Program, Tangents, run_forward

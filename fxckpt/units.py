@@ -45,6 +45,31 @@ def parse_bytes(text: str) -> int:
     return size_bytes
 
 
+def within(budget: str | int | float, peak_bytes: int) -> int:
+    """Bytes [B] that a memory budget means: a size, a number of bytes, or a fraction of a peak.
+
+    >>> within("2KB", 1000), within(700, 1000), within(0.5, 1000)
+    (2000, 700, 500)
+
+    Raises:
+        BudgetError: it is not a size, not positive, or a fraction outside (0, 1].
+    """
+    if isinstance(budget, str):
+        return parse_bytes(budget)
+    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+        raise BudgetError(f'a memory budget is a size such as "8GB", bytes, or a fraction, not {budget!r}')
+    if isinstance(budget, int):
+        if budget <= 0:
+            raise BudgetError(f"a memory budget must be positive, not {budget} bytes")
+        return budget
+    if not 0 < budget <= 1:
+        raise BudgetError(
+            f"a memory budget of {budget!r}, a float, is a fraction of the plain model's peak and must be in (0, 1]; "
+            'write bytes as an int or a text such as "8GB"'
+        )
+    return int(budget * peak_bytes)
+
+
 def format_bytes(size_bytes: int) -> str:
     """A size with a binary unit and three or four digits.
 

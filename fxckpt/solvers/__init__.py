@@ -8,7 +8,7 @@ which `solve` says what the floor is and what makes it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from fxckpt.schedule import Schedule
 from fxckpt.simulate import Timeline, simulate
 from fxckpt.solvers.auto import auto
 from fxckpt.solvers.collection import collection
-from fxckpt.solvers.dp import dp
+from fxckpt.solvers.dp import LEVELS, dp
 from fxckpt.solvers.exhaustive import exhaustive
 from fxckpt.solvers.milp import milp
 from fxckpt.solvers.min_memory import min_memory
@@ -29,7 +29,7 @@ from fxckpt.solvers.treeverse import treeverse
 from fxckpt.solvers.uniform import uniform
 from fxckpt.units import format_bytes
 
-__all__ = ["ORACLES", "SOLVERS", "Solution", "Solver", "solve"]
+__all__ = ["ORACLES", "SOLVERS", "Solution", "Solver", "check_options", "solve"]
 
 Solver = Callable[[Graph, int], Schedule]
 """From a graph and a bound on the peak [B] to a schedule; options are keyword-only arguments with defaults."""
@@ -86,11 +86,8 @@ def solve(graph: Graph, budget_bytes: int, solver: str | Solver = "auto", **opti
         SolverError: no solver has this name, it has no such option, or what it returned is not a valid schedule.
         InfeasibleBudgetError: the best that the solver found is over the budget.
     """
+    check_options(solver, options)
     name, function = _look_up(solver)
-    try:
-        inspect.signature(function).bind(graph, budget_bytes, **options)
-    except TypeError as error:
-        raise SolverError(f"solver {name} can't be called with options {sorted(options)}: {error}") from error
     schedule = function(graph, budget_bytes, **options)
     try:
         timeline = simulate(graph, schedule)
@@ -100,6 +97,25 @@ def solve(graph: Graph, budget_bytes: int, solver: str | Solver = "auto", **opti
         message = _infeasible(name, timeline, budget_bytes)
         raise InfeasibleBudgetError(message, budget_bytes=budget_bytes, floor_bytes=timeline.peak_bytes)
     return Solution(schedule, name, timeline)
+
+
+def check_options(solver: str | Solver, options: Mapping[str, Any]) -> None:
+    """See that a solver exists and takes these options, before there is a graph.
+
+    Raises:
+        SolverError: no solver has this name, it has no such option or needs one, or there is no such effort.
+    """
+    name, function = _look_up(solver)
+    known = inspect.signature(function).parameters
+    if "effort" in options and "effort" not in known and isinstance(solver, str):
+        searching = ", ".join(n for n, f in SOLVERS.items() if "effort" in inspect.signature(f).parameters)
+        raise SolverError(f"solver {name} has no effort to choose: it does not search. Those that do: {searching}")
+    try:
+        inspect.signature(function).bind(None, 0, **options)
+    except TypeError as error:
+        raise SolverError(f"solver {name} can't be called with options {sorted(options)}: {error}") from error
+    if isinstance(solver, str) and "effort" in options and options["effort"] not in (known["effort"].default, *LEVELS):
+        raise SolverError(f"there is no effort {options['effort']!r}; choose one of {', '.join(LEVELS)}")
 
 
 def _look_up(solver: str | Solver) -> tuple[str, Callable[..., Schedule]]:
