@@ -7,19 +7,21 @@ reason on stderr, 130 interrupted. Torch is imported only by the commands that n
 from __future__ import annotations
 
 import argparse
-import importlib
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fxckpt.errors import BudgetError, FxckptError, PlanFormatError
+from fxckpt.arguments import INPUTS, load_model, read_budget, read_option
+from fxckpt.errors import FxckptError, PlanFormatError
 from fxckpt.plans import Plan
+from fxckpt.report.plot import save_timeline
 from fxckpt.report.table import plan_text
 
-_INPUTS = "a tuple of arguments, a dict of keyword arguments, or a pair (arguments, keyword arguments)"
+if TYPE_CHECKING:
+    from fxckpt.options import PlanOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,16 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     plan = commands.add_parser("plan", help="plan a model of yours and print the plan")
-    plan.add_argument(
-        "function",
-        metavar="MODULE:FUNCTION",
-        help=f"called without arguments, returns (model, inputs); inputs: {_INPUTS}",
-    )
-    plan.add_argument(
-        "--memory-budget", required=True, metavar="SIZE", help='such as 2GB or 500MiB; 40%% or "0.4": of the plain peak'
-    )
-    plan.add_argument("--solver", default="auto", help="name of a solver (default: %(default)s)")
-    plan.add_argument("--cost-model", default="auto", help="where times come from (default: %(default)s)")
+    _add_model(plan)
     plan.add_argument(
         "--gradients",
         default="auto",
@@ -79,8 +72,44 @@ def _parser() -> argparse.ArgumentParser:
     explain = commands.add_parser("explain", help="print a plan that was written to a file")
     explain.add_argument("file", type=Path, metavar="PLAN.JSON")
     explain.add_argument("--all", action="store_true", help="print every row of the table")
+    explain.add_argument("--html", type=Path, metavar="PLAN.HTML", help="write a page with a timeline to point at")
+    explain.add_argument("--timeline", type=Path, metavar="PLAN.SVG", help="write the timeline as SVG, PNG or PDF")
+    explain.add_argument("--animate", type=Path, metavar="PLAN.GIF", help="write a film of the step")
     explain.set_defaults(command=_explain)
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """The arguments that say what to plan, and how."""
+    command.add_argument(
+        "function",
+        metavar="MODULE:FUNCTION",
+        help=f"called without arguments, returns (model, inputs); inputs: {INPUTS}",
+    )
+    command.add_argument(
+        "--memory-budget", required=True, metavar="SIZE", help='such as 2GB or 500MiB; 40%% or "0.4": of the plain peak'
+    )
+    command.add_argument("--solver", default="auto", help="name of a solver (default: %(default)s)")
+    command.add_argument("--effort", help="how long to search: fast, default or max")
+    command.add_argument(
+        "--solver-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further option of the solver, such as k=3 for uniform; may be given several times",
+    )
+    command.add_argument("--cost-model", default="auto", help="where times come from (default: %(default)s)")
+    command.add_argument("--cost-cache", type=Path, metavar="FILE", help="keep measured costs in this JSON file")
+
+
+def _plan_options(options: argparse.Namespace) -> PlanOptions:
+    return {
+        "solver": options.solver,
+        "effort": options.effort,
+        "solver_options": dict(map(read_option, options.solver_option)),
+        "cost_model": options.cost_model,
+        "cost_cache": options.cost_cache,
+    }
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -94,16 +123,15 @@ def _plan(options: argparse.Namespace) -> int:
     _quieten_profiler()
     from fxckpt import api
 
-    budget = _budget(options.memory_budget)
-    model, args, kwargs = _model(options.function)
+    budget = read_budget(options.memory_budget)
+    model, args, kwargs = load_model(options.function)
     found = api.plan(
         model,
         budget,
         example_inputs=args,
         example_kwargs=kwargs,
-        solver=options.solver,
-        cost_model=options.cost_model,
         gradients=options.gradients,
+        **_plan_options(options),
     )
     print(plan_text(found, all=options.all), end="")
     if options.output is not None:
@@ -118,7 +146,14 @@ def _quieten_profiler() -> None:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    print(plan_text(Plan.from_json(_read(options.file)), all=options.all), end="")
+    plan = Plan.from_json(_read(options.file))
+    print(plan_text(plan, all=options.all), end="")
+    if options.html is not None:
+        plan.save_html(options.html)
+    if options.timeline is not None:
+        save_timeline(plan, options.timeline)
+    if options.animate is not None:
+        plan.animate(options.animate)
     return 0
 
 
@@ -136,53 +171,3 @@ def _write(file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise FxckptError(f"can't write {file}: {error.strerror}") from error
-
-
-def _budget(text: str) -> str | float:
-    """The budget as `optimize` takes it: "2GB" stays, "40%" and "0.4" are fractions of the plain peak."""
-    number, factor = (text[:-1], 0.01) if text.endswith("%") else (text, 1.0)
-    if factor == 1.0 and "." not in number:
-        return text
-    try:
-        fraction = float(number) * factor
-    except ValueError:
-        return text
-    if not 0 < fraction <= 1:
-        raise BudgetError(f"a fraction of the plain peak must be above 0 and at most 1 (100%), but it is {text}")
-    return fraction
-
-
-def _model(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Call MODULE:FUNCTION; the model, positional and keyword inputs."""
-    module_name, _, function_name = text.partition(":")
-    if not module_name or not function_name:
-        raise FxckptError(f"{text!r} names no function: write MODULE:FUNCTION, such as train:build")
-    if module_name.endswith(".py"):
-        name = module_name.removesuffix(".py").replace(os.sep, ".")
-        raise FxckptError(f"name the module, not its file: {name}:{function_name}")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise FxckptError(f"importing {module_name} failed: {error}") from error
-        raise FxckptError(f"there is no module {error.name!r} here or on the path of Python") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise FxckptError(f"module {module_name!r} has no function {function_name!r}")
-    result = function()
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise FxckptError(f"{text} must return (model, inputs), but it returned {type(result).__name__}")
-    args, kwargs = _inputs(result[1], text)
-    return result[0], args, kwargs
-
-
-def _inputs(inputs: Any, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, dict):
-        return (), inputs
-    if isinstance(inputs, tuple):
-        if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
-            return inputs[0], inputs[1]
-        return inputs, {}
-    raise FxckptError(f"{text} must return (model, inputs), where inputs is {_INPUTS}; it is {type(inputs).__name__}")

@@ -47,7 +47,8 @@ TORCH_SIDE: dict[str, tuple[str, ...]] = {
     "api": ("options", "measurement", "optimized", "compile", "signature", "runtime", *STEPS, "report"),
     "__init__": ("api", "report", "memory"),
     "demo": ("__init__", "api", "report", "memory"),
-    "cli": ("__init__", "api", "demo", "report", "memory"),
+    "arguments": (),
+    "cli": ("__init__", "api", "arguments", "demo", "options", "report", "memory"),
     "__main__": ("cli",),
 }
 """The same for the others, which may import the core too (but the report only where it says so)."""
