@@ -10,7 +10,8 @@ op does). At price λ [µs/B] of keeping a byte, the cut of least capacity with 
 
 Picard, "Maximal closure of a graph and applications to combinatorial problems" (1976); on rematerialization as a cut:
 He and Yu, "Transcending runtime-memory tradeoffs in checkpointing by being fusion aware" (2023). The flow is found by
-Dinic's algorithm; all breakpoints of λ on the lower hull by the recursion of Eisner and Severance (1976).
+Dinic's algorithm; all breakpoints of λ on the lower hull by the recursion of Eisner and Severance (1976), in which each
+cut is sought between its neighbours only: the higher the price, the more is repeated.
 """
 
 from __future__ import annotations
@@ -102,31 +103,55 @@ class KeepProblem:
     def __init__(self, graph: Graph, free: Collection[int]) -> None:
         self.graph = graph
         self.free = free
-        self.read_back = {s for op in graph.ops[graph.forward_count :] for s in op.reads if self._costs(s)}
-        self.ops = closure(graph, self.read_back, free)
-        self.storages = sorted(self.read_back | {s for op in self.ops for s in graph.ops[op].reads if self._costs(s)})
+        self.read_back = frozenset(s for op in graph.ops[graph.forward_count :] for s in op.reads if self._costs(s))
+        self.ops = frozenset(closure(graph, self.read_back, free))
+        self._reads = {op: [s for s in graph.ops[op].reads if self._costs(s)] for op in sorted(self.ops)}
 
     def _costs(self, storage: int) -> bool:
         return 0 <= self.graph.producer[storage] < self.graph.forward_count and storage not in self.free
 
-    def keep_at(self, price: float) -> frozenset[int]:
-        """The storages to keep at a price per byte [µs/B]."""
-        network = Network()
-        op_node = {op: network.node() for op in self.ops}
-        storage_node = {storage: network.node() for storage in self.storages}
-        for storage, node in storage_node.items():
-            network.arc(node, op_node[self.graph.producer[storage]], price * self.graph.storages[storage].size_bytes)
-            if storage in self.read_back:
+    def repeated_at(
+        self, price: float, *, at_least: frozenset[int] = frozenset(), at_most: frozenset[int] | None = None
+    ) -> frozenset[int]:
+        """The ops to repeat at a price per byte [µs/B].
+
+        Args:
+            price: of keeping a byte.
+            at_least, at_most: what is best at a lower and at a higher price. Divided by the price, all capacities but
+                those of arcs into the sink stay the same, so the higher the price the more is repeated, and only what
+                lies between is open (Gallo, Grigoriadis and Tarjan 1989).
+        """
+        graph, network = self.graph, Network()
+        open_ops = sorted((self.ops if at_most is None else at_most) - at_least)
+        op_node = {op: network.node() for op in open_ops}
+        needed, storage_node = self.needed(at_least), dict[int, int]()
+        for storage in dict.fromkeys(s for op in open_ops for s in (*graph.ops[op].writes, *self._reads[op])):
+            producer = graph.producer[storage]
+            if producer in at_least or (storage in needed and producer not in op_node):
+                continue  # there anyway
+            node = storage_node[storage] = network.node()
+            network.arc(node, op_node.get(producer, _SINK), price * graph.storages[storage].size_bytes)
+            if storage in needed:
                 network.arc(_SOURCE, node, float("inf"))
         for op, node in op_node.items():
-            network.arc(node, _SINK, self.graph.ops[op].time_us)
-            for storage in self.graph.ops[op].reads:
+            network.arc(node, _SINK, graph.ops[op].time_us)
+            for storage in self._reads[op]:
                 if storage in storage_node:
                     network.arc(node, storage_node[storage], float("inf"))
-        needed = network.source_side()
-        return frozenset(
-            s for s, node in storage_node.items() if needed[node] and not needed[op_node[self.graph.producer[s]]]
-        )
+        reached = network.source_side()
+        return at_least.union(op for op, node in op_node.items() if reached[node])
+
+    def needed(self, repeated: Collection[int]) -> frozenset[int]:
+        """What backward and repeated ops read."""
+        return self.read_back.union(*(self._reads[op] for op in repeated))
+
+    def kept(self, repeated: Collection[int]) -> frozenset[int]:
+        """The storages to keep if these ops are repeated."""
+        return frozenset(s for s in self.needed(repeated) if self.graph.producer[s] not in repeated)
+
+    def keep_at(self, price: float) -> frozenset[int]:
+        """The storages to keep at a price per byte [µs/B]."""
+        return self.kept(self.repeated_at(price))
 
     def cost(self, kept: frozenset[int]) -> tuple[int, float]:
         """Bytes kept [B] and time of what is repeated [µs]."""
@@ -136,9 +161,9 @@ class KeepProblem:
 
     def hull(self, most: int) -> list[frozenset[int]]:
         """The choices that are cheapest at some price, from keeping least to keeping most; at most about `most`."""
-        least, largest = frozenset[int](), frozenset(self.read_back)
-        found = {least: self.cost(least), largest: self.cost(largest)}
-        gaps = deque([(least, largest)])
+        nothing = frozenset[int]()
+        found = {self.ops: self._cost(self.ops), nothing: self._cost(nothing)}
+        gaps = deque([(self.ops, nothing)])
         while gaps and len(found) < most:
             low, high = gaps.popleft()
             more_bytes = found[high][0] - found[low][0]
@@ -146,11 +171,16 @@ class KeepProblem:
             if more_bytes <= 0 or saved_us <= 0:
                 continue
             price = saved_us / more_bytes
-            middle = self.keep_at(price)
+            middle = self.repeated_at(price, at_least=high, at_most=low)
             if middle in found:
                 continue
-            found[middle] = self.cost(middle)
+            found[middle] = self._cost(middle)
             line = found[low][1] + price * found[low][0]
             if found[middle][1] + price * found[middle][0] < line * (1 - 1e-9):
                 gaps += [(low, middle), (middle, high)]
-        return sorted(found, key=lambda kept: (found[kept], sorted(kept)))
+        return [self.kept(ops) for ops in sorted(found, key=lambda ops: (found[ops], sorted(ops)))]
+
+    def _cost(self, repeated: frozenset[int]) -> tuple[int, float]:
+        """Bytes kept [B] and time [µs] if these ops are repeated."""
+        kept_bytes = sum(self.graph.storages[s].size_bytes for s in self.kept(repeated))
+        return kept_bytes, sum(self.graph.ops[op].time_us for op in sorted(repeated))
