@@ -67,15 +67,21 @@ def cost_model(options: Options, joint: JointGraph) -> CostModel:
         raise BudgetError(
             'cost_model="measure" runs the ops, but the model is on the meta device: use cost_model="estimate"'
         )
+    if options.cost_cache is not None and not on_device:
+        raise BudgetError(
+            "cost_cache keeps what was measured, but here no op is run: "
+            'use cost_model="measure" on a real device, or leave it out'
+        )
     estimate = estimated(DEVICES["reference"] if name == "reference" else _device_profile(device, options.device))
     if not on_device:
         return estimate
     nodes = working_nodes(joint)
-    measure.measure_workspaces(nodes)
-    if name != "measure":
-        return measure.with_workspaces(estimate)
-    measure.measure_times(nodes, estimate)
-    return measure.measured
+    with measure.cost_file(options.cost_cache, nodes):
+        measure.measure_workspaces(nodes)
+        if name != "measure":
+            return measure.with_workspaces(estimate)
+        measure.measure_times(nodes, estimate)
+        return measure.measured
 
 
 def estimated(device: DeviceProfile) -> CostModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CaptureError",
+    "CostCacheError",
     "FxckptError",
     "InfeasibleBudgetError",
     "InvalidScheduleError",
@@ -56,6 +57,10 @@ def _infeasible(message: str, budget_bytes: int, floor_bytes: int) -> Infeasible
 
 class SolverError(FxckptError, RuntimeError):
     """A solver is unknown, was given options it does not have, or returned a schedule that breaks its contract."""
+
+
+class CostCacheError(FxckptError, ValueError):
+    """A file of measured costs is damaged, or can't be read or written."""
 
 
 class PlanMismatchError(FxckptError, ValueError):

@@ -2,14 +2,17 @@
 
 Workspaces (memory that a kernel allocates inside and frees before it returns) can't be known otherwise: CPU
 convolutions allocate more than their outputs. Results are kept for the life of the process, by op signature and number
-of threads.
+of threads; `cost_file` keeps them longer.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxckpt.memory import allocation_changes, peak_allocated_bytes
+from fxckpt.profile import cost_cache
 from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
 
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 3, 20, 10_000.0
@@ -46,7 +50,8 @@ def measure_times(nodes: Iterable[fx.Node], fallback: CostModel) -> None:
     """Find the time of each distinct op that is not known yet. Ops that can't be run alone get the estimate of
     `fallback`.
 
-    After a warm-up the fastest of several runs counts: other work on the machine only ever adds time.
+    After a warm-up the fastest of several runs counts, not their median: other work on the machine only ever adds
+    time, so on a busy machine the least is what repeats (Chen and Revels, 2016, arXiv:1608.04295).
     """
     with torch.no_grad(), torch.random.fork_rng():
         for key, node in _distinct(nodes, _TIME_US).items():
@@ -62,6 +67,34 @@ def measured(node: fx.Node) -> OpCost:
 def with_workspaces(cost: CostModel) -> CostModel:
     """A cost model with its workspaces replaced by the measured ones."""
     return lambda node: OpCost(cost(node).time_us, _WORKSPACE_BYTES.get(_key(node), 0))
+
+
+@contextmanager
+def cost_file(path: str | os.PathLike[str] | None, nodes: Sequence[fx.Node]) -> Iterator[None]:
+    """Costs are known that the file at `path` holds; what is measured meanwhile for `nodes` is added to it.
+
+    Raises:
+        CostCacheError: the file is damaged, or can't be read or written.
+    """
+    if path is None or not nodes:
+        yield
+        return
+    file, machine, threads = Path(path), cost_cache.machine_name(_device(nodes[0])), torch.get_num_threads()
+    kept = cost_cache.read(file, machine)
+    for signature_, cost in kept.items():
+        if "time_us" in cost:
+            _TIME_US.setdefault((signature_, threads), float(cost["time_us"]))
+        if "workspace_bytes" in cost:
+            _WORKSPACE_BYTES.setdefault((signature_, threads), int(cost["workspace_bytes"]))
+    yield
+    costs = {key[0]: _known(key) for key in map(_key, nodes)}
+    if any(kept.get(name, {}) != cost for name, cost in costs.items()):
+        cost_cache.write(file, machine, costs)
+
+
+def _known(key: tuple[str, int]) -> dict[str, float]:
+    tables = (("time_us", _TIME_US), ("workspace_bytes", _WORKSPACE_BYTES))
+    return {name: table[key] for name, table in tables if key in table}
 
 
 @dataclass(frozen=True)
