@@ -161,6 +161,17 @@ class Plan:
 
         save_page(self, file)
 
+    def animate(self, file: str | PathLike[str], *, progress: bool = True) -> None:
+        """Write a film of a step as a GIF, beside the plain model and least memory: see `fxckpt.report.film.animate`.
+
+        Raises:
+            MissingExtraError: matplotlib is not installed.
+            FxckptError: the file's name does not end in ".gif" or it can't be written, or the plan has no ops.
+        """
+        from fxckpt.report.film import animate
+
+        animate(self, file, progress=progress)
+
     def __repr__(self) -> str:
         return (
             f"Plan(solver={self.solver!r}, budget_bytes={self.budget_bytes}, "

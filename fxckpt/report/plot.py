@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil, log2
+from os import PathLike
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from fxckpt.errors import MissingExtraError
+from fxckpt.errors import FxckptError, MissingExtraError
 from fxckpt.plans import Figures, Plan
 from fxckpt.report.palette import BLUE, GREY, KIND_COLOURS, ORANGE, SERIES, TEXT, VERMILION
 from fxckpt.report.rows import short_target
@@ -138,6 +140,22 @@ def plot_timeline(plan: Plan, *, axis: Axis = "time") -> tuple[Figure, Axes]:
     return fig, ax
 
 
+def save_timeline(plan: Plan, file: str | PathLike[str]) -> None:
+    """Write `plot_timeline` to a file, in the format that its name ends in.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+        FxckptError: there is no such format, the file can't be written, or the plan has no ops.
+    """
+    fig, _ = plot_timeline(plan)
+    try:
+        fig.savefig(file)
+    except (OSError, ValueError) as error:
+        raise FxckptError(f"can't write {file}: {error}") from error
+    finally:
+        pyplot().close(fig)
+
+
 def _stacked(rows: Mapping[PeakKind, Bytes]) -> Iterator[tuple[PeakKind, Bytes, Bytes]]:
     """Each kind of which there is anything, with its lower and upper edge."""
     low = np.zeros_like(next(iter(rows.values())))
@@ -185,9 +203,8 @@ def _label_axes(ax: Axes, timeline: Timeline, axis: Axis) -> None:
     ax.axvline(backward, color=TEXT, linestyle=":", linewidth=1, label="backward starts")
 
 
-@contextmanager
-def drawing(width: float = 8.0, height: float = 4.5) -> Iterator[tuple[Figure, Axes]]:
-    """An empty figure in the style of all pictures; sizes in inches.
+def pyplot() -> ModuleType:
+    """The module `matplotlib.pyplot`.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
@@ -196,6 +213,17 @@ def drawing(width: float = 8.0, height: float = 4.5) -> Iterator[tuple[Figure, A
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise MissingExtraError("drawing needs matplotlib: pip install 'fxckpt[plot]'") from error
+    return plt
+
+
+@contextmanager
+def drawing(width: float = 8.0, height: float = 4.5) -> Iterator[tuple[Figure, Axes]]:
+    """An empty figure in the style of all pictures; sizes in inches.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    plt = pyplot()
     with plt.rc_context(_STYLE):
         yield plt.subplots(figsize=(width, height), layout="constrained")
 

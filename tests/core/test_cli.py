@@ -12,6 +12,7 @@ import pytest
 from fxckpt.cli import main
 from fxckpt.graph import Graph, Op, Storage
 from fxckpt.plans import Plan
+from fxckpt.report.page import page
 from fxckpt.report.table import plan_text
 from fxckpt.schedule import Schedule
 
@@ -41,6 +42,39 @@ def test_explain_needs_no_torch(plan: Plan, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == plan_text(plan)
+
+
+def test_explain_writes_pictures(plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json(), encoding="utf-8")
+    names = {"--html": "plan.html", "--timeline": "plan.svg", "--animate": "plan.gif"}
+    assert (
+        main(["explain", str(file), *(x for option, name in names.items() for x in (option, str(tmp_path / name)))])
+        == 0
+    )
+    assert capsys.readouterr().out == plan_text(plan)
+    assert (tmp_path / "plan.html").read_text(encoding="utf-8") == page(plan)
+    assert "<svg" in (tmp_path / "plan.svg").read_text(encoding="utf-8")
+    assert (tmp_path / "plan.gif").read_bytes().startswith(b"GIF89a")
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--html", "nowhere/plan.html", "No such file"),
+        ("--timeline", "nowhere/plan.svg", "No such file"),
+        ("--timeline", "plan.docx", "Format 'docx' is not supported"),
+        ("--animate", "nowhere/plan.gif", "there is no folder"),
+        ("--animate", "plan.mp4", "name the file plan.gif"),
+    ],
+)
+def test_pictures_that_cannot_be_written_are_refused(
+    option: str, name: str, message: str, plan: Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(plan.to_json(), encoding="utf-8")
+    assert main(["explain", str(file), option, str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ class Page:
         return self.find(selector)[0].text
 
     def script(self, code: str, *arguments: Any) -> Any:
-        return self.browser.execute_script(code, *arguments)  # type: ignore[no-untyped-call]
+        return self.browser.execute_script(code, *arguments)
 
     def press(self, key: str) -> None:
         self.find("#chart")[0].send_keys(key)
