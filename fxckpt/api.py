@@ -10,13 +10,14 @@ from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
 import torch
 from torch import fx, nn
 
-from fxckpt.compile import Compiled, make_plan, profile_step
+from fxckpt.compile import Compiled, cost_name, make_plan, profile_step
 from fxckpt.errors import BudgetError, FxckptError
 from fxckpt.measurement import Measurement, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, Options, PlanOptions, free_bytes, read_options
 from fxckpt.plans import Plan
 from fxckpt.profile.build import Profile
+from fxckpt.report.pareto import Pareto, curve
 from fxckpt.report.table import plan_text
 from fxckpt.signature import watch
 
@@ -94,6 +95,27 @@ def plan(
     """
     request = _plan_only(memory_budget, options)
     return make_plan(_profile(model, example_inputs, example_kwargs, request, gradients), request)
+
+
+def pareto(
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    gradients: Gradients = "auto",
+    **options: Unpack[PlanOptions],
+) -> Pareto:
+    """The whole curve of a training step, peak against time: from the lowest peak that is found to the plain step.
+
+    Arguments are those of `plan`, without a budget. Print the result, ask it for the plan `at` a budget, for the
+    `knee`, or for a picture.
+
+    Raises:
+        BudgetError, CaptureError, SolverError: as `optimize`.
+    """
+    request = _plan_only(1.0, options)
+    profile = _profile(model, example_inputs, example_kwargs, request, gradients)
+    return curve(profile.graph, request.solver, cost_model=cost_name(request, profile), **request.solver_options)
 
 
 def print_plan(

@@ -29,7 +29,7 @@ from fxckpt.solvers.treeverse import treeverse
 from fxckpt.solvers.uniform import uniform
 from fxckpt.units import format_bytes
 
-__all__ = ["ORACLES", "SOLVERS", "Solution", "Solver", "check_options", "solve"]
+__all__ = ["ORACLES", "SOLVERS", "Solution", "Solver", "check_options", "lowest", "solve"]
 
 Solver = Callable[[Graph, int], Schedule]
 """From a graph and a bound on the peak [B] to a schedule; options are keyword-only arguments with defaults."""
@@ -86,17 +86,31 @@ def solve(graph: Graph, budget_bytes: int, solver: str | Solver = "auto", **opti
         SolverError: no solver has this name, it has no such option, or what it returned is not a valid schedule.
         InfeasibleBudgetError: the best that the solver found is over the budget.
     """
+    found = _run(graph, budget_bytes, solver, options)
+    peak_bytes = found.timeline.peak_bytes
+    if peak_bytes > budget_bytes:
+        message = _infeasible(found.solver, found.timeline, budget_bytes)
+        raise InfeasibleBudgetError(message, budget_bytes=budget_bytes, floor_bytes=peak_bytes)
+    return found
+
+
+def lowest(graph: Graph, solver: str | Solver = "auto", **options: Any) -> Solution:
+    """The schedule of lowest peak that a solver finds: its floor.
+
+    Raises:
+        SolverError: as `solve`.
+    """
+    return _run(graph, 0, solver, options)
+
+
+def _run(graph: Graph, budget_bytes: int, solver: str | Solver, options: dict[str, Any]) -> Solution:
     check_options(solver, options)
     name, function = _look_up(solver)
     schedule = function(graph, budget_bytes, **options)
     try:
-        timeline = simulate(graph, schedule)
+        return Solution(schedule, name, simulate(graph, schedule))
     except (InvalidScheduleError, AttributeError, TypeError) as error:
         raise SolverError(f"solver {name} returned what is not a valid schedule: {error}") from error
-    if timeline.peak_bytes > budget_bytes:
-        message = _infeasible(name, timeline, budget_bytes)
-        raise InfeasibleBudgetError(message, budget_bytes=budget_bytes, floor_bytes=timeline.peak_bytes)
-    return Solution(schedule, name, timeline)
 
 
 def check_options(solver: str | Solver, options: Mapping[str, Any]) -> None:

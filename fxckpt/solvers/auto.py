@@ -24,7 +24,11 @@ def auto(graph: Graph, budget_bytes: int, *, effort: Effort | None = None) -> Sc
     """
     if simulate(graph, plain(graph)).peak_bytes <= budget_bytes:
         return plain(graph)
-    if effort is None:
-        effort = "fast" if len(graph.ops) > _LARGE_OPS else "default"
+    effort = effort or usual_effort(graph)
     baselines = (solver(graph, budget_bytes) for solver in (selective, uniform, sqrt))
     return cheapest_fitting(graph, (dp(graph, budget_bytes, effort=effort), *baselines), budget_bytes)
+
+
+def usual_effort(graph: Graph) -> Effort:
+    """What to spend where nothing is said: "default", or "fast" on graphs of thousands of ops."""
+    return "fast" if len(graph.ops) > _LARGE_OPS else "default"
