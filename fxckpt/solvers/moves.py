@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
+from math import inf
 from random import Random
 
 from fxckpt.solvers.tape import EMPTY, Tape
@@ -119,22 +120,25 @@ def idle_at(tape: Tape, storage: int, slot: int) -> Idle | None:
     return Idle(storage, max(births[number], readers[i - 1] if i else -1), until)
 
 
-def remake_us(tape: Tape, idle: Idle) -> float:
+def remake_us(tape: Tape, idle: Idle, most_us: float = inf) -> float:
     """What dropping an idle copy costs: the time of all ops whose results are gone when it is needed again [µs].
 
-    Infinite where something pinned is among them.
+    Infinite where something pinned is among them, or where it is more than `most_us`.
     """
-    wiring = tape.wiring
-    seen = {wiring.producer[idle.storage]}
-    pending, total_us = list(seen), 0.0
+    wiring, until = tape.wiring, idle.until
+    readers = tape.readers
+    pending = [wiring.producer[idle.storage]]
+    seen, total_us = set(pending), 0.0
     while pending:
         op = pending.pop()
-        if wiring.pinned[op]:
-            return float("inf")
         total_us += wiring.times_us[op]
+        if wiring.pinned[op] or total_us > most_us:
+            return inf
         for storage in wiring.reads[op]:
             producer = wiring.producer[storage]
-            if producer >= 0 and producer not in seen and tape.copy_at(storage, idle.until)[1] < idle.until:
+            if producer < 0 or producer in seen:
+                continue
+            if readers[storage][-1] < until or tape.copy_at(storage, until)[1] < until:
                 seen.add(producer)
                 pending.append(producer)
     return total_us

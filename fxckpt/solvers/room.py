@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 from heapq import heapify, heappop, heappush
 from itertools import islice
+from math import inf
 from random import Random
 
 import numpy as np
@@ -52,10 +53,10 @@ def _drop(tape: Tape, storage: int, slot: int, limit_bytes: int, rng: Random) ->
     return False
 
 
-def _price(tape: Tape, storage: int, slot: int) -> float | None:
-    """Time to remake a storage that is idle in a slot, for each of its bytes [µs/B]; None if it isn't idle."""
+def _price(tape: Tape, storage: int, slot: int, most_us: float) -> float:
+    """Time to remake a storage that is idle in a slot, a byte [µs/B]; infinite if it can't be dropped."""
     idle = idle_at(tape, storage, slot)
-    return None if idle is None else remake_us(tape, idle) / tape.wiring.sizes[storage]
+    return inf if idle is None else remake_us(tape, idle, most_us) / tape.wiring.sizes[storage]
 
 
 def relocate(tape: Tape, slot: int) -> bool:
@@ -81,14 +82,14 @@ def reach(
     rng: Random,
     *,
     forbidden: Container[int] = frozenset(),
-    most_us: float = float("inf"),
+    most_us: float = inf,
     noise: float = 0.0,
 ) -> bool:
     """Make room where most is in use, always for the least time, until the peak fits; False if it does not.
 
-    The copies that are idle at the peak, `forbidden` storages left out, are priced once, and again only when their turn
-    comes, since dropping others rarely makes them cheaper (lazy greedy, Minoux 1978). A price is multiplied by a random
-    factor between 1 - `noise` and 1. Gives up when the step takes `most_us` or more.
+    A copy is priced when its turn comes, and again if it was not the cheapest then; until then its price is that of its
+    last op alone, which is never more (lazy greedy, Minoux 1978). `forbidden` storages stay. A price is multiplied by a
+    random factor between 1 - `noise` and 1. Gives up when the step takes `most_us` or more.
     """
     priced = 0
     while tape.peak_bytes() > budget_bytes and tape.step_us < most_us and priced < _MOST_PRICED:
@@ -100,22 +101,27 @@ def reach(
         queue = _queue(tape, slot, forbidden, rng, noise)
         priced += len(tape.wiring.remakable)
         while queue and tape.live[slot] > budget_bytes and tape.step_us < most_us:
-            price, storage = heappop(queue)
-            now = _price(tape, storage, slot)
-            if now is not None and now * (1 - noise) > price and queue and now > queue[0][0]:
-                heappush(queue, (now, storage))
-            elif now is not None:
+            known, storage, factor = heappop(queue)
+            price = factor * _price(tape, storage, slot, most_us - tape.step_us)
+            if known < price < inf and queue and price > queue[0][0]:
+                heappush(queue, (price, storage, factor))
+            elif price < inf:
                 _drop(tape, storage, slot, budget_bytes, rng)
         if int(tape.live[slot]) >= before:
             break
     return tape.peak_bytes() <= budget_bytes
 
 
-def _queue(tape: Tape, slot: int, forbidden: Container[int], rng: Random, noise: float) -> list[tuple[float, int]]:
-    """The storages that are idle in a slot, as a heap with the cheapest to remake first."""
-    storages = (s for s in tape.wiring.remakable if s not in forbidden)
-    queue = [(price, s) for s in storages if (price := _price(tape, s, slot)) is not None]
-    if noise:
-        queue = [(price * (1 - noise * rng.random()), s) for price, s in queue]
+def _queue(
+    tape: Tape, slot: int, forbidden: Container[int], rng: Random, noise: float
+) -> list[tuple[float, int, float]]:
+    """The storages that are live in a slot and wanted later, as a heap: (least price, storage, random factor)."""
+    births, readers, bounds = tape.births, tape.readers, tape.wiring.least_prices
+    queue = []
+    for storage in tape.wiring.remakable:
+        readers_of = readers[storage]
+        if readers_of and births[storage][0] < slot < readers_of[-1] and storage not in forbidden:
+            factor = 1 - noise * rng.random() if noise else 1.0
+            queue.append((factor * bounds[storage], storage, factor))
     heapify(queue)
     return queue
