@@ -1,4 +1,4 @@
-"""A plan as a film: op by op over a step, what is in memory, beside the plain model and least memory.
+"""A plan as a film: op by op over a step, what is in memory, beside the plain model and much recomputation.
 
 After the animations in T. Salimans and Y. Bulatov, "Fitting larger networks into memory" (2018): the nodes of forward
 stand in a row from the first to the last, those of backward below them, and backward walks from right to left. Here a
@@ -47,7 +47,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def animate(plan: Plan, file: str | PathLike[str], *, progress: bool = True) -> None:
-    """Write a film of a step as a GIF: the plain model, least memory, and the plan.
+    """Write a film of a step as a GIF: the plain model, least memory (`sqrt` in large graphs), and the plan.
 
     Args:
         plan: the plan.
@@ -147,7 +147,7 @@ def _scenes(plan: Plan) -> list[Scene]:
     least = simulate(graph, sqrt(graph, 0) if large else min_memory(graph, 0, effort="fast"))
     timelines = {
         "plain model": plan.baseline_timeline,
-        f"recomputing for least memory ({'sqrt' if large else 'min_memory'})": least,
+        "recomputing between checkpoints (sqrt)" if large else "recomputing for least memory (min_memory)": least,
         f"this plan ({plan.solver})": plan.timeline,
     }
     longest = max(len(timeline.schedule) for timeline in timelines.values())

@@ -41,7 +41,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": TEXT,
 }
 _MOST_TICKS = 8
-_MOST_COLUMNS = 1500
+_MOST_COLUMNS = 1000
 _HEADROOM = 1.2
 
 Bytes = npt.NDArray[np.int64]

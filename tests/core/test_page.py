@@ -21,7 +21,8 @@ from fxckpt.graph import Graph, Storage
 from fxckpt.plans import Plan
 from fxckpt.report import rows, table
 from fxckpt.report.page import page
-from fxckpt.schedule import Schedule
+from fxckpt.report.sampling import columns
+from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import PEAK_KINDS
 from fxckpt.units import format_bytes, format_us
 from tests.strategies import chain
@@ -95,6 +96,7 @@ def test_the_peak_is_shown_first_as_simulated(shown: Page, tmp_path: Path) -> No
     shown.open(plan, tmp_path / "plan.html")
     assert shown.step() == plan.timeline.peak_step == 7
     assert "the peak" in shown.text("#now h2")
+    assert shown.script("return performance.getEntriesByType('resource').length") == 0
     assert shown.find("#total")[0].get_attribute("data-bytes") == str(plan.timeline.peak_bytes)
     figures = [
         [cell.text for cell in row.find_elements(By.CSS_SELECTOR, "th, td")] for row in shown.find("#figures tr")
@@ -123,6 +125,20 @@ def test_at_every_step_the_page_shows_what_is_alive(shown: Page, tmp_path: Path)
         assert ("run 2 of 2: steps" in facts) == (step in (5, 6))
         shown.press(Keys.ARROW_RIGHT)
     assert shown.step() == 9
+
+
+@needs_chromium
+def test_long_steps_are_drawn_in_the_columns_of_the_other_pictures(shown: Page, tmp_path: Path) -> None:
+    graph = chain(tuple(range(1, 600)))
+    plan = Plan(graph, plain(graph), "save_all", "reference", 1)
+    shown.open(plan, tmp_path / "plan.html")
+    assert shown.script("return steps") == 1200
+    for most in (7, 250, 1199, 1200):
+        code = "return columns([...plan.live_bytes.keys(), steps], plan.live_bytes, steps, arguments[0])"
+        edges, steps = columns(plan.timeline, "steps", most)
+        drawn = shown.script(code, most)
+        assert [step for _, step in drawn] == steps.tolist()
+        assert [edge for edge, _ in drawn] == pytest.approx(edges[:-1].tolist())
 
 
 @needs_chromium
