@@ -3,9 +3,8 @@
     python -m benchmarks.step_time [--runs 15] [--budgets 2.0 0.7 0.5] [--output benchmarks/results/step_time.json]
     [case …]
 
-Both sides run in turn in one process; the ratio is that of medians, its spread the quartiles of the ratios of
-neighbours. A budget is a fraction of the plain peak by simulation; above 1 nothing is repeated. Peaks are measured,
-above what is there before the step.
+Both sides run in turn in one process (`fxckpt.comparison`). A budget is a fraction of the plain peak by simulation;
+above 1 nothing is repeated. Peaks are measured, everything counted.
 """
 
 from __future__ import annotations
@@ -14,9 +13,6 @@ import argparse
 import copy
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,57 +21,26 @@ from tabulate import tabulate
 
 import fxckpt
 from fxckpt.api import plan_of
+from fxckpt.comparison import Comparison, compare
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.memory import peak_allocated_bytes
+from fxckpt.measurement import TrainingStep
 from tests.models import FULL, Case
 
-HEADERS = ("case", "budget", "time ratio", "quartiles", "peak MiB", "plain peak MiB", "repeated ops")
+HEADERS = ("case", "budget", "time ratio", "peak MiB", "plain peak MiB", "FLOPs ratio", "same bits", "repeated ops")
 
 
-def stepper(case: Case, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], None]:
-    """One training step with gradients fresh."""
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        case.loss(model(*args, **kwargs)).backward()
-
-    return step
-
-
-def compare(case: Case, budget: float, runs: int) -> dict[str, Any] | None:
-    """Times and peaks of the plain and the optimized step, interleaved; None if the budget is below the floor."""
+def compared(case: Case, budget: float, runs: int) -> tuple[Comparison, int] | None:
+    """The plain and the optimized step, and how many ops it repeats; None if the budget is below the floor."""
     plain, args, kwargs = case.build()
     twin = copy.deepcopy(plain)
     peak_bytes = fxckpt.plan(twin, 2**62, example_inputs=args, example_kwargs=kwargs).baseline.peak_bytes
     optimized = fxckpt.optimize(twin, int(budget * peak_bytes))
-    steps = stepper(case, plain, args, kwargs), stepper(case, optimized, args, kwargs)
+    steps = (TrainingStep(model, args, kwargs, loss=case.loss) for model in (plain, optimized))
     try:
-        for step in steps * 2:
-            step()
+        comparison = compare(*steps, runs=runs)
     except InfeasibleBudgetError:
         return None
-    times: tuple[list[float], list[float]] = ([], [])
-    for run in range(runs):
-        for side in (0, 1) if run % 2 else (1, 0):
-            start = time.perf_counter()
-            steps[side]()
-            times[side].append(time.perf_counter() - start)
-    ratios = [b / a for a, b in zip(*times, strict=True)]
-    quartiles = statistics.quantiles(ratios, n=4)
-    for model in (plain, optimized):
-        model.zero_grad(set_to_none=True)
-    peaks = [peak_allocated_bytes(step, torch.device("cpu")) for step in steps]
-    plan = plan_of(optimized)
-    return {
-        "case": case.name,
-        "budget_ratio": budget,
-        "time_ratio": statistics.median(times[1]) / statistics.median(times[0]),
-        "time_ratio_quartiles": [quartiles[0], quartiles[2]],
-        "plain_step_us": statistics.median(times[0]) * 1e6,
-        "peak_bytes": peaks[1],
-        "plain_peak_bytes": peaks[0],
-        "repeats": sum(plan.schedule.repeats().values()),
-    }
+    return comparison, sum(plan_of(optimized).schedule.repeats().values())
 
 
 def main() -> None:
@@ -85,17 +50,20 @@ def main() -> None:
     parser.add_argument("--budgets", type=float, nargs="+", default=[2.0])
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    results = []
+    results: list[dict[str, Any]] = []
     for case in FULL:
         if options.cases and case.name not in options.cases:
             continue
         for budget in options.budgets:
-            result = compare(case, budget, options.runs)
-            if result is None:
+            found = compared(case, budget, options.runs)
+            if found is None:
                 print(f"{case.name}: {budget} is below the floor", flush=True)
                 continue
-            results.append(result)
-            print(tabulate([_row(result)], HEADERS if len(results) == 1 else (), tablefmt="plain"), flush=True)
+            comparison, repeats = found
+            row = [[case.name, f"{budget:.2f}", *_cells(comparison), repeats]]
+            print(tabulate(row, () if results else HEADERS, tablefmt="plain"), flush=True)
+            figures = json.loads(comparison.to_json())
+            results.append({"case": case.name, "budget_ratio": budget, "repeats": repeats, **figures})
     if options.output is not None:
         machine = {
             "processor": platform.processor() or platform.machine(),
@@ -107,16 +75,13 @@ def main() -> None:
         options.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
-def _row(result: dict[str, Any]) -> list[str]:
-    low, high = result["time_ratio_quartiles"]
+def _cells(comparison: Comparison) -> list[str]:
     return [
-        result["case"],
-        f"{result['budget_ratio']:.2f}",
-        f"{result['time_ratio']:.3f}",
-        f"{low:.3f}-{high:.3f}",
-        f"{result['peak_bytes'] / 2**20:.1f}",
-        f"{result['plain_peak_bytes'] / 2**20:.1f}",
-        str(result["repeats"]),
+        str(comparison.time_ratio),
+        f"{comparison.optimized.peak_bytes / 2**20:.1f}",
+        f"{comparison.plain.peak_bytes / 2**20:.1f}",
+        f"{comparison.flops_ratio:.3f}",
+        "yes" if comparison.same_bits else "NO",
     ]
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
 import torch
 from torch import fx, nn
 
+from fxckpt.comparison import Comparison, compare
 from fxckpt.compile import Compiled, cost_name, make_plan, profile_step
 from fxckpt.errors import BudgetError, FxckptError
-from fxckpt.measurement import Measurement, measure_step
+from fxckpt.measurement import Measurement, TrainingStep, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, Options, PlanOptions, free_bytes, read_options
 from fxckpt.plans import Plan
@@ -194,6 +195,32 @@ def measure(model: nn.Module, *args: Any, **kwargs: Any) -> Measurement:
     Gradients, buffers and random-number state are afterwards what they were.
     """
     return measure_step(model, args, kwargs)
+
+
+def benchmark(
+    model: nn.Module,
+    optimized: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    runs: int = 15,
+) -> Comparison:
+    """Run a plain model and an optimized one against each other: peaks, times, FLOPs, gradients.
+
+    Both take training steps in turn, each from the same state of random numbers; where backward starts is as for
+    `measure`. The models are left as they were. Print the result, or ask it for JSON.
+
+    Args:
+        model: the plain model.
+        optimized: what `optimize` returned for it, or any other module with the same parameters.
+        example_inputs, example_kwargs: arguments of a call.
+        runs: how many steps of each to time.
+
+    Raises:
+        FxckptError: a model can't be run, the two have different parameters, or there are fewer than two runs.
+    """
+    args, kwargs = _arguments(example_inputs), dict(example_kwargs or {})
+    return compare(TrainingStep(plain_model(model), args, kwargs), TrainingStep(optimized, args, kwargs), runs=runs)
 
 
 def _plan_only(budget: Budget, options: PlanOptions) -> Options:

@@ -1,7 +1,7 @@
-"""The command line: `python -m fxckpt demo | plan | explain`.
+"""The command line: `python -m fxckpt demo | plan | bench | explain`.
 
-Exit codes: 0 done, 1 the demo found a difference, 2 a wrong argument or anything else that fxckpt refuses, with the
-reason on stderr, 130 interrupted. Torch is imported only by the commands that need it.
+Exit codes: 0 done, 1 the demo or bench found a difference between gradients, 2 a wrong argument or anything else that
+fxckpt refuses, with the reason on stderr, 130 interrupted. Torch is imported only by the commands that need it.
 """
 
 from __future__ import annotations
@@ -68,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--output", type=Path, metavar="PLAN.JSON", help="write the plan to this file")
     plan.add_argument("--all", action="store_true", help="print every row of the table")
     plan.set_defaults(command=_plan)
+
+    bench = commands.add_parser("bench", help="optimize a model of yours and run it against the plain one")
+    _add_model(bench)
+    bench.add_argument("--runs", type=int, default=15, metavar="N", help="steps to time (default: %(default)s)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.set_defaults(command=_bench)
 
     explain = commands.add_parser("explain", help="print a plan that was written to a file")
     explain.add_argument("file", type=Path, metavar="PLAN.JSON")
@@ -138,6 +144,18 @@ def _plan(options: argparse.Namespace) -> int:
         _write(options.output, found.to_json())
         print(f"\nwritten to {options.output}")
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _quieten_profiler()
+    from fxckpt import api
+
+    budget = read_budget(options.memory_budget)
+    model, args, kwargs = load_model(options.function)
+    optimized = api.optimize(model, budget, **_plan_options(options))
+    found = api.benchmark(model, optimized, example_inputs=args, example_kwargs=kwargs, runs=options.runs)
+    print(found.to_json() if options.json else found)
+    return 0 if found.same_bits else 1
 
 
 def _quieten_profiler() -> None:

@@ -6,14 +6,14 @@ Waterman and Patterson, 2009).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 aten = torch.ops.aten
 
@@ -63,18 +63,33 @@ DEVICES: dict[str, DeviceProfile] = {
 }
 
 
+_Shape = Sequence[int]
+
+
+def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
+    batch, heads, queries, width = query
+    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+
+
+def _attention_backward_flops(_: _Shape, query: _Shape, key: _Shape, value: _Shape, *__: Any, **___: Any) -> int:
+    return _attention_flops(query, key, value) * 5 // 2
+
+
+CPU_ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+"""What torch's own registry lacks: from the shapes of the arguments to floating-point operations."""
+
+_WRAPPED = {packet: shape_wrapper(formula) for packet, formula in CPU_ATTENTION_FLOPS.items()}
+
+
 def count_flops(node: fx.Node) -> int:
     """Floating-point operations of a matrix product, convolution or attention; 0 for other ops."""
-    registry: dict[Any, Callable[..., int]] = flop_registry
     packet = getattr(node.target, "overloadpacket", None)
     args, kwargs = pytree.tree_map(_value, (node.args, node.kwargs))
-    if packet in registry:
-        return int(registry[packet](*args, **kwargs, out_val=node.meta["val"]))
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-        return _attention_flops(*args[:3])
-    if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        return _attention_flops(*args[1:4]) * 5 // 2
-    return 0
+    formula = flop_registry.get(packet) or _WRAPPED.get(packet)
+    return int(formula(*args, **kwargs, out_val=node.meta["val"])) if formula else 0
 
 
 def traffic_bytes(node: fx.Node) -> int:
@@ -99,11 +114,6 @@ def estimate_us(node: fx.Node, profile: DeviceProfile) -> float:
     if profile is _REFERENCE and getattr(node.target, "overloadpacket", None) not in flop_registry:
         flops = 0
     return roofline_us(profile, flops, traffic_bytes(node), _dtype(node))
-
-
-def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> int:
-    batch, heads, queries, width = query.shape
-    return 2 * batch * heads * queries * key.shape[-2] * (width + value.shape[-1])
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
