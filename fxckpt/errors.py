@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CaptureError",
+    "CheckpointingBypassedWarning",
     "CostCacheError",
     "FxckptError",
     "InfeasibleBudgetError",
@@ -28,6 +29,10 @@ class BudgetError(FxckptError, ValueError):
 
 class CaptureError(FxckptError, RuntimeError):
     """The model's forward and backward can't be captured as one graph."""
+
+
+class CheckpointingBypassedWarning(UserWarning):
+    """The model checkpoints activations itself, which an optimized module does not: its plan says what it recomputes."""
 
 
 class InvalidScheduleError(FxckptError, ValueError):

@@ -93,7 +93,7 @@ class Watch:
         """
         for name, module in self.modules[1:]:
             for kind in _HOOKS:
-                if not all(map(_is_torch_own, getattr(module, kind).values())):
+                if not all(map(_is_captured, getattr(module, kind).values())):
                     raise RuntimeContractError(
                         f"submodule {name!r} has a hook ({kind.strip('_')}), which an optimized module would not call "
                         f"at "
@@ -104,9 +104,10 @@ class Watch:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def _is_torch_own(hook: Any) -> bool:
-    """Whether torch registered the hook itself, as weight normalisation does: it is part of what is captured."""
-    return any((getattr(owner, "__module__", None) or "").startswith("torch.nn.") for owner in (type(hook), hook))
+def _is_captured(hook: Any) -> bool:
+    """Whether the hook is the model's own, as those of weight normalisation are: part of what is captured."""
+    homes = ("torch.nn.", "transformers.")
+    return any((getattr(owner, "__module__", None) or "").startswith(homes) for owner in (type(hook), hook))
 
 
 def watch(model: nn.Module) -> Watch:

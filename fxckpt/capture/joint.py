@@ -23,6 +23,7 @@ from torch._functorch._aot_autograd import graph_capture_wrappers
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 
 from fxckpt.capture.absent import made_present
+from fxckpt.capture.checkpointed import checkpointing_bypassed
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.failure import explain
 from fxckpt.capture.kernels import own_kernels
@@ -154,7 +155,13 @@ def capture(
     modules = {id(module): name for name, module in model.named_modules()}
     traced = _Traced(model, call, inputs)
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
-    with _ONE_AT_A_TIME, _unchanged(model, traced), Provenance(modules), contextlib.ExitStack() as stack:
+    with (
+        _ONE_AT_A_TIME,
+        checkpointing_bypassed(),
+        _unchanged(model, traced),
+        Provenance(modules),
+        contextlib.ExitStack() as stack,
+    ):
         stack.enter_context(_backward_from(traced, tangents))
         joint = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs

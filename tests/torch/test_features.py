@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import fxckpt
-from fxckpt.errors import CaptureError
+from fxckpt.errors import CaptureError, CheckpointingBypassedWarning
 from tests.models import project
 from tests.training import assert_same_bits, assert_same_step, run_step
 
@@ -83,13 +83,14 @@ class SelfAttention(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, use_reentrant: bool) -> None:
         super().__init__()
+        self.use_reentrant = use_reentrant
         self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.2), nn.Tanh()) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False)
+            x = checkpoint(layer, x, use_reentrant=self.use_reentrant)
         return x
 
 
@@ -209,7 +210,6 @@ FLAT: dict[str, Callable[[], nn.Module]] = {
     "dropout twice": lambda: nn.Sequential(nn.Dropout(0.15), nn.Linear(16, 16), nn.Dropout(0.4), nn.GELU()),
     "batch norm": lambda: nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.GELU(), nn.BatchNorm1d(16)),
     "buffer read and changed": Counter,
-    "checkpointed": Checkpointed,
     "parametrized": parametrized,
     "mixed types": Mixed,
     "own autocast": OwnAutocast,
@@ -269,6 +269,23 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
 def test_on_images(name: str) -> None:
     torch.manual_seed(0)
     compare(IMAGES[name](), rows(2, 4, 12, 12))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_models_own_checkpoints_are_bypassed_and_it_says_so(use_reentrant: bool) -> None:
+    torch.manual_seed(0)
+    with pytest.warns(CheckpointingBypassedWarning, match="ignores it"):
+        compare(Checkpointed(use_reentrant), rows(8, 16).requires_grad_())
+    with pytest.warns(CheckpointingBypassedWarning):
+        plan = fxckpt.plan(Checkpointed(use_reentrant), "1GB", example_inputs=(rows(8, 16).requires_grad_(),))
+    assert sum(op.target == "aten.addmm.default" for op in plan.graph.ops) == 3
+
+
+def test_reentrant_checkpoints_of_what_needs_no_gradient_give_none() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Checkpointed(use_reentrant=True), nn.Linear(16, 4))
+    with pytest.warns(UserWarning, match=r"ignores it|requires_grad=True"):
+        compare(model, rows(8, 16))
 
 
 def test_tied_weights() -> None:
