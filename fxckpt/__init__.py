@@ -13,43 +13,35 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxckpt.api import graphs, measure, optimize, plan, print_plan
-    from fxckpt.errors import CaptureError, FxckptError, InfeasibleBudgetError, PlanMismatchError
+    from fxckpt.api import advise, benchmark, graphs, max_batch, measure, optimize, pareto, plan, print_plan
+    from fxckpt.errors import FxckptError, InfeasibleBudgetError
     from fxckpt.plans import Plan
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "CaptureError",
     "FxckptError",
     "InfeasibleBudgetError",
     "Plan",
-    "PlanMismatchError",
+    "advise",
+    "benchmark",
     "graphs",
+    "max_batch",
     "measure",
     "optimize",
+    "pareto",
     "plan",
     "print_plan",
 ]
 
-_HOMES = {
-    "CaptureError": "errors",
-    "FxckptError": "errors",
-    "InfeasibleBudgetError": "errors",
-    "Plan": "plans",
-    "PlanMismatchError": "errors",
-    "graphs": "api",
-    "measure": "api",
-    "optimize": "api",
-    "plan": "api",
-    "print_plan": "api",
-}
+_HOMES = {"FxckptError": "errors", "InfeasibleBudgetError": "errors", "Plan": "plans"}
+"""Where names live that are not in `api`."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
 
 import torch
 from torch import fx, nn
 
+from fxckpt.arguments import split_inputs
+from fxckpt.batch import MaxBatch, largest_batch
 from fxckpt.comparison import Comparison, compare
-from fxckpt.compile import Compiled, cost_name, make_plan, profile_step
+from fxckpt.compile import Compiled, make_plan, profile_step
 from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.graph import Graph
 from fxckpt.measurement import Measurement, TrainingStep, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, Options, PlanOptions, free_bytes, read_options
 from fxckpt.plans import Plan
 from fxckpt.profile.build import Profile
+from fxckpt.profile.optimizer_state import optimizer_state_bytes
+from fxckpt.report.advice import Advice
 from fxckpt.report.pareto import Pareto, curve
 from fxckpt.report.table import plan_text
 from fxckpt.signature import watch
+from fxckpt.units import within
 
 Model = TypeVar("Model", bound=nn.Module)
 Gradients = Literal["auto", "fresh", "allocated"]
@@ -115,8 +121,79 @@ def pareto(
         BudgetError, CaptureError, SolverError: as `optimize`.
     """
     request = _plan_only(1.0, options)
-    profile = _profile(model, example_inputs, example_kwargs, request, gradients)
-    return curve(profile.graph, request.solver, cost_model=cost_name(request, profile), **request.solver_options)
+    graph = _profile(model, example_inputs, example_kwargs, request, gradients).graph
+    return curve(graph, request.solver, cost_model=request.cost_model, **request.solver_options)
+
+
+def advise(
+    model: nn.Module,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    budget: str | int | float | None = None,
+    gradients: Gradients = "auto",
+    **options: Unpack[PlanOptions],
+) -> Advice:
+    """Is checkpointing worth it here? What fills the memory, what saving it costs in time, and what else would help.
+
+    Arguments are those of `plan`, but the budget may be left out. Print the result, or read its fields.
+
+    Raises:
+        BudgetError, CaptureError, SolverError: as `optimize`.
+    """
+    found = pareto(model, example_inputs=example_inputs, example_kwargs=example_kwargs, gradients=gradients, **options)
+    optimizer = options.get("optimizer")
+    optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer)
+    return Advice(found, optimizer_bytes, None if budget is None else within(budget, found.baseline.peak_bytes))
+
+
+def max_batch(
+    model_fn: Callable[[int], tuple[nn.Module, Any]],
+    memory_budget: str | int,
+    *,
+    least: int = 1,
+    most: int = 2**20,
+    gradients: Gradients = "auto",
+    progress: bool = True,
+    **options: Unpack[PlanOptions],
+) -> MaxBatch:
+    """The largest batch whose training step fits a memory budget when it is planned, and its plan. Nothing runs.
+
+    Args:
+        model_fn: takes a batch size and returns (model, inputs): a tuple of arguments, a dict of keyword arguments, or
+            a pair of both. On the meta device it takes no memory: wrap its body in `with torch.device("meta")`.
+        memory_budget: a size such as "8GB", or bytes.
+        least, most: bounds on the batch size.
+        gradients: as for `plan`.
+        progress: whether to show on stderr how far it is.
+        **options: as for `plan`.
+
+    Raises:
+        BudgetError, CaptureError, SolverError: as `optimize`.
+        InfeasibleBudgetError: not even the least batch fits.
+    """
+    if isinstance(memory_budget, float) or not 0 < least <= most:
+        raise BudgetError(
+            'the largest batch is sought for a size such as "8GB" or a number of bytes, from `least` (1 or more) to '
+            f"`most`, not for {memory_budget!r} from {least!r} to {most!r}"
+        )
+    request = _plan_only(memory_budget, options)
+
+    def graph_of(batch_size: int) -> Graph:
+        model, inputs = model_fn(batch_size)
+        args, kwargs = split_inputs(inputs, f"model_fn({batch_size})")
+        return _profile(model, args, kwargs, request, gradients).graph
+
+    return largest_batch(
+        graph_of,
+        within(memory_budget, 0),
+        request.solver,
+        request.solver_options,
+        least=least,
+        most=most,
+        cost_model=request.cost_model,
+        progress=progress,
+    )
 
 
 def print_plan(
@@ -225,7 +302,9 @@ def benchmark(
 
 def _plan_only(budget: Budget, options: PlanOptions) -> Options:
     """What was asked for, where ops are run only on demand."""
-    return read_options(budget, options, run_ops=options.get("cost_model") == "measure")
+    if options.get("cost_model", "auto") == "auto":
+        options = {**options, "cost_model": "estimate"}
+    return read_options(budget, options, run_ops=options["cost_model"] == "measure")
 
 
 def _profile(

@@ -128,11 +128,10 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
             if reused.predicted.peak_bytes <= budget_bytes:
                 return reused
     solution = solve(graph, budget_bytes, options.solver, **options.solver_options)
-    return Plan(graph, solution.schedule, solution.solver, cost_name(options, profile), budget_bytes)
+    return Plan(graph, solution.schedule, solution.solver, _cost_name(options, profile), budget_bytes)
 
 
-def cost_name(options: Options, profile: Profile) -> str:
-    """The name of the cost model behind a profile's times."""
+def _cost_name(options: Options, profile: Profile) -> str:
     if options.cost_model != "auto":
         return options.cost_model
     return "measure" if options.run_ops and profile.joint.device.type != "meta" else "estimate"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from textwrap import fill
 from typing import Protocol
 
 from tabulate import tabulate
@@ -9,6 +10,7 @@ from tabulate import tabulate
 from fxckpt.graph import Graph
 from fxckpt.plans import Plan
 from fxckpt.report import rows
+from fxckpt.report.advice import closing_text
 from fxckpt.simulate import PEAK_KINDS, Timeline, simulate
 from fxckpt.units import format_bytes, format_us
 
@@ -17,6 +19,9 @@ SHORT_ROWS = 30
 
 WIDTH = 140
 """Characters in the longest line."""
+
+_LINE = 110
+"""Characters in a line of prose."""
 
 COLUMNS = ("module", "source", "op", "bytes", "time", "runs", "decision", "reason")
 """Of the table of tensors."""
@@ -51,6 +56,7 @@ def plan_text(plan: Plan, *, all: bool = False, measurement: Measured | None = N
         _peaks(plan),
         _breakdown(plan),
         _tensors(plan, everything=all),
+        fill(closing_text(plan), _LINE),
     ]
     return "\n\n".join(parts) + "\n"
 
