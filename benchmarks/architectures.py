@@ -13,7 +13,9 @@ import logging
 import os
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -23,8 +25,8 @@ from tqdm import tqdm
 
 import fxckpt
 from fxckpt.api import plan_of
-from fxckpt.errors import CaptureError, InfeasibleBudgetError
-from tests.architectures import ARCHITECTURES, Architecture, step_at
+from fxckpt.errors import FxckptError, InfeasibleBudgetError
+from tests.architectures import ARCHITECTURES, step_at
 
 RESULTS = Path(__file__).parent / "results"
 RATIO = 0.5
@@ -46,8 +48,15 @@ class Row:
     overhead_ratio: float | None = None
 
 
-def examine(architecture: Architecture) -> Row:
+def quiet() -> None:
+    warnings.simplefilter("ignore")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+
+
+def examine(name: str) -> Row:
     """A step at half of the plain peak, or at the floor where that is higher."""
+    architecture = next(a for a in ARCHITECTURES if a.name == name)
     remark = ""
     labels = architecture.name, architecture.kind, architecture.model
     try:
@@ -56,7 +65,7 @@ def examine(architecture: Architecture) -> Row:
         except InfeasibleBudgetError as error:
             remark = f"the floor is {RATIO * error.floor_bytes / error.budget_bytes:.0%} of the plain peak"
             optimized, inputs = step_at(architecture, error.floor_bytes)
-    except (CaptureError, AssertionError) as error:
+    except (FxckptError, AssertionError) as error:
         return Row(*labels, same_bits=False, remark=_short(str(error)))
     plan = plan_of(optimized)
     measured = fxckpt.measure(optimized, **inputs)
@@ -105,10 +114,9 @@ def _figures(row: Row) -> list[str]:
 
 
 def main(names: list[str]) -> None:
-    warnings.simplefilter("ignore")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    chosen = [a for a in ARCHITECTURES if not names or a.name in names]
-    rows = [examine(architecture) for architecture in tqdm(chosen)]
+    chosen = [a.name for a in ARCHITECTURES if not names or a.name in names]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=quiet, max_tasks_per_child=4) as pool:
+        rows = list(tqdm(pool.map(examine, chosen), total=len(chosen)))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, CPU"
     text = f"{sum(r.same_bits for r in rows)} of {len(rows)} architectures, {versions}.\n\n{table(rows)}\n"
     print(text)

@@ -32,7 +32,7 @@ class CaptureError(FxckptError, RuntimeError):
 
 
 class CheckpointingBypassedWarning(UserWarning):
-    """The model checkpoints activations itself, which an optimized module does not: its plan says what it recomputes."""
+    """The model checkpoints activations itself; an optimized module ignores that and follows its plan."""
 
 
 class InvalidScheduleError(FxckptError, ValueError):

@@ -13,13 +13,13 @@ import fxckpt
 from tests.models import own_loss
 from tests.training import assert_same_step, plain_step, run_step
 
-BATCH, LENGTH, VOCABULARY, WIDTH = 8, 48, 128, 48
+BATCH, LENGTH, VOCABULARY, WIDTH = 8, 32, 128, 48
 LABELS = 5
 
 SIZES = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDTH,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "intermediate_size": 2 * WIDTH,
     "max_position_embeddings": 2 * LENGTH,
@@ -219,11 +219,10 @@ def filter_banks() -> Inputs:
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     decoder("GPT-2", "GPT2LMHeadModel"),
-    decoder("GPT-Neo", "GPTNeoForCausalLM", attention_types=[[["global", "local", "global"], 1]], window_size=16),
+    decoder("GPT-Neo", "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]], window_size=16),
     decoder("GPT-NeoX", "GPTNeoXForCausalLM"),
-    decoder("GPT-J", "GPTJForCausalLM", n_embd=WIDTH, n_layer=3, n_head=4, rotary_dim=8),
     decoder("OPT", "OPTForCausalLM", ffn_dim=2 * WIDTH, word_embed_proj_dim=WIDTH),
-    decoder("BLOOM", "BloomForCausalLM", n_layer=3, n_head=4),
+    decoder("BLOOM", "BloomForCausalLM", n_layer=2, n_head=4),
     decoder("Llama", "LlamaForCausalLM"),
     decoder("Mistral", "MistralForCausalLM", sliding_window=16),
     decoder("Qwen2", "Qwen2ForCausalLM"),
@@ -234,11 +233,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     decoder("Falcon", "FalconForCausalLM", new_decoder_architecture=True, num_kv_heads=2),
     decoder("StableLM", "StableLmForCausalLM", partial_rotary_factor=0.5),
     decoder("OLMo 2", "Olmo2ForCausalLM"),
-    decoder("Cohere", "CohereForCausalLM"),
-    decoder("SmolLM3", "SmolLM3ForCausalLM"),
     decoder("Mixtral", "MixtralForCausalLM", "text, mixture of experts", num_local_experts=4, num_experts_per_tok=2),
     decoder("Qwen3 MoE", "Qwen3MoeForCausalLM", "text, mixture of experts", num_experts=4, head_dim=12, **EXPERTS),
-    decoder("OLMoE", "OlmoeForCausalLM", "text, mixture of experts", num_experts=4, num_experts_per_tok=2),
     decoder("GPT-OSS", "GptOssForCausalLM", "text, mixture of experts", num_local_experts=4, head_dim=12, **EXPERTS),
     decoder(
         "DeepSeek-V3", "DeepseekV3ForCausalLM", "text, mixture of experts", num_key_value_heads=4, n_routed_experts=4,
@@ -246,11 +242,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, **EXPERTS,
     ),
     decoder("Mamba", "MambaForCausalLM", "text, state space", state_size=8),
-    decoder(
-        "Mamba-2", "Mamba2ForCausalLM", "text, state space", state_size=8, num_heads=8, head_dim=12, n_groups=1,
-        chunk_size=16,
-    ),
-    decoder("Falcon-Mamba", "FalconMambaForCausalLM", "text, state space", state_size=8),
     decoder("RecurrentGemma", "RecurrentGemmaForCausalLM", "text, state space", lru_width=WIDTH),
     decoder("RWKV", "RwkvForCausalLM", "text, state space", attention_hidden_size=WIDTH, context_length=LENGTH),
     decoder(
@@ -259,7 +250,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     encoder("BERT", "BertForMaskedLM"),
     encoder("RoBERTa", "RobertaForSequenceClassification", sequence_classes),
-    encoder("DistilBERT", "DistilBertForMaskedLM", dim=WIDTH, n_layers=3, n_heads=4, hidden_dim=2 * WIDTH),
+    encoder("DistilBERT", "DistilBertForMaskedLM", dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=2 * WIDTH),
     encoder("ALBERT", "AlbertForMaskedLM", embedding_size=16),
     encoder("ELECTRA", "ElectraForSequenceClassification", sequence_classes, embedding_size=16),
     encoder(
@@ -272,26 +263,21 @@ ARCHITECTURES: tuple[Architecture, ...] = (
                  {"vocab_size": VOCABULARY, "block_sizes": [1, 1], "d_model": WIDTH, "n_head": 4, "d_head": 12,
                   "d_inner": 2 * WIDTH, "num_labels": LABELS}, sequence_classes),
     Architecture("XLNet", "text, encoder", "XLNetForSequenceClassification",
-                 {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layer": 3, "n_head": 4, "d_inner": 2 * WIDTH,
+                 {"vocab_size": VOCABULARY, "d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 2 * WIDTH,
                   "num_labels": LABELS}, sequence_classes),
     encoder("SqueezeBERT", "SqueezeBertForSequenceClassification", sequence_classes, embedding_size=WIDTH),
     encoder("ModernBERT", "ModernBertForMaskedLM", language, **TOKENS, local_attention=16, cls_token_id=0, sep_token_id=1),
-    encoder("Longformer", "LongformerForSequenceClassification", sequence_classes, attention_window=[8] * 3,
+    encoder("Longformer", "LongformerForSequenceClassification", sequence_classes, attention_window=[8] * 2,
             pad_token_id=2),
     encoder("Nyströmformer", "NystromformerForSequenceClassification", sequence_classes, num_landmarks=8,
             segment_means_seq_len=LENGTH),
     t5("T5", "T5ForConditionalGeneration"),
-    t5("mT5", "MT5ForConditionalGeneration"),
     t5("LongT5", "LongT5ForConditionalGeneration", local_radius=7),
     t5("Switch Transformers", "SwitchTransformersForConditionalGeneration", num_experts=4, num_sparse_encoder_layers=1,
        num_sparse_decoder_layers=1),
     translator("BART", "BartForConditionalGeneration"),
-    translator("mBART", "MBartForConditionalGeneration"),
-    translator("Pegasus", "PegasusForConditionalGeneration"),
     translator("Marian", "MarianMTModel"),
-    translator("M2M-100", "M2M100ForConditionalGeneration"),
     image_encoder("ViT", "ViTForImageClassification"),
-    image_encoder("DeiT", "DeiTForImageClassification"),
     image_encoder("BEiT", "BeitForImageClassification"),
     image_encoder("DINOv2", "Dinov2ForImageClassification"),
     vision("Swin", "SwinForImageClassification", image_size=32, patch_size=2, embed_dim=24, depths=[1, 2],

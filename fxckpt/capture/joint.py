@@ -216,28 +216,30 @@ def _has_loss(structure: Structure) -> bool:
     return "loss" in value if isinstance(value, Mapping) else hasattr(value, "loss")
 
 
-def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
-    """Export the joint graph;
+_FLAGS = ((), ("_is_compiling_flag",), ("_is_compiling_flag", "_is_exporting_flag"))
+"""What a model is told that asks whether it is being compiled: first no, so that it computes what it does in eager;
+then yes, since models then avoid to read data."""
 
-    A second time with torch's exporting flag set, which makes some models' mask code traceable.
-    """
-    stack.enter_context(mock.patch("torch.compiler._is_compiling_flag", True))
+
+def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
+    """Export the joint graph with the first flags that allow it."""
     stack.enter_context(torch.enable_grad())
     stack.enter_context(own_kernels())
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")  # what the model has to say it says when it runs
     stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast
-    try:
-        with contextlib.ExitStack() as attempt:
-            joint = aot_export_joint_with_descriptors(attempt, traced, tuple(tensors))
-            stack.push(attempt.pop_all())
-            return joint
-    except Exception as first:
+    failures: list[Exception] = []
+    for flags in _FLAGS:
         try:
-            stack.enter_context(mock.patch("torch.compiler._is_exporting_flag", True))
-            return aot_export_joint_with_descriptors(stack, traced, tuple(tensors))
-        except Exception:
-            raise explain(first) from first
+            with contextlib.ExitStack() as attempt:
+                for flag in flags:
+                    attempt.enter_context(mock.patch(f"torch.compiler.{flag}", True))
+                joint = aot_export_joint_with_descriptors(attempt, traced, tuple(tensors))
+                stack.push(attempt.pop_all())
+                return joint
+        except Exception as error:
+            failures.append(error)
+    raise explain(failures[1]) from failures[1]
 
 
 @contextlib.contextmanager
