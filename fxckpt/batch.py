@@ -11,9 +11,7 @@ from tqdm import tqdm
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
 from fxckpt.plans import Plan
-from fxckpt.schedule import Schedule
-from fxckpt.simulate import Timeline, simulate
-from fxckpt.solvers import Solution, Solver, lowest, solve
+from fxckpt.solvers import Solver, lowest, solve
 from fxckpt.units import format_bytes
 
 _GROWTH = 16  # a guess is at most so many times the largest batch that is known to fit
@@ -68,14 +66,19 @@ class _Search:
         return fits
 
     def guess(self) -> int:
-        """The next size to try: where a line through two tries meets the budget, every third time the middle."""
+        """The next size to try: where a line through two tries meets the budget.
+
+        Every third time the middle, or the double while nothing was too large, since not every growth is a line.
+        """
         first, last = self.fits + 1, self.too_large - 1
         if not self.tries:
             return first
-        if len(self.tries) % 3 == 0 and any(t.floor_bytes > self.budget_bytes for t in self.tries):
-            return (first + last) // 2
-        last = min(last, _GROWTH * max(self.fits, 1))
-        return max(first, min(last, self._line()))
+        bounded = any(t.floor_bytes > self.budget_bytes for t in self.tries)
+        if len(self.tries) % 3:
+            size = min(self._line(), _GROWTH * self.fits)
+        else:
+            size = (first + last) // 2 if bounded else 2 * self.fits
+        return max(first, min(last, size))
 
     def _line(self) -> int:
         """Peaks grow about in proportion to the batch: the size at which the two tries nearest the budget say so."""
@@ -100,9 +103,6 @@ def largest_batch(
 ) -> MaxBatch:
     """The largest batch size from `least` to `most` whose step fits a budget, supposing that a smaller one fits too.
 
-    A schedule that fitted another size of the same structure is tried first; the solver is asked for its lowest peak
-    only where that does not fit.
-
     Args:
         graph_of: the step of a batch size.
         budget_bytes: bound on the peak [B].
@@ -114,47 +114,22 @@ def largest_batch(
     Raises:
         InfeasibleBudgetError: not even the least batch fits.
     """
-    search, schedules = _Search(budget_bytes, least, most), dict[str, Schedule]()
-    best: Timeline | None = None
+    search = _Search(budget_bytes, least, most)
+    best: Graph | None = None
     with tqdm(desc="largest batch", unit=" sizes", disable=not progress) as bar:
         while search.too_large - search.fits > 1:
             size = search.guess()
-            timeline = _floor(graph_of(size), budget_bytes, solver, options, schedules)
-            best = timeline if search.learn(size, timeline.peak_bytes) else best
+            graph = graph_of(size)
+            floor_bytes = lowest(graph, solver, **options).timeline.peak_bytes
+            best = graph if search.learn(size, floor_bytes) else best
             if best is None:
-                raise _too_small(size, timeline.peak_bytes, budget_bytes)
+                raise _too_small(size, floor_bytes, budget_bytes)
             bar.set_postfix_str(f"{search.fits} fit")
             bar.update()
     assert best is not None
-    found = _fastest(best, budget_bytes, solver, options)
-    plan = Plan(best.graph, found.schedule, found.solver, cost_model, budget_bytes)
+    found = solve(best, budget_bytes, solver, **options)
+    plan = Plan(best, found.schedule, found.solver, cost_model, budget_bytes)
     return MaxBatch(search.fits, plan, tuple(search.tries))
-
-
-def _floor(
-    graph: Graph,
-    budget_bytes: int,
-    solver: str | Solver,
-    options: Mapping[str, Any],
-    schedules: dict[str, Schedule],
-) -> Timeline:
-    """A schedule that fits, or the lowest that the solver finds; `schedules` has what was found, by structure."""
-    known = schedules.get(graph.structure)
-    if known is not None:
-        timeline = simulate(graph, known)
-        if timeline.peak_bytes <= budget_bytes:
-            return timeline
-    timeline = lowest(graph, solver, **options).timeline
-    schedules[graph.structure] = timeline.schedule
-    return timeline
-
-
-def _fastest(fitting: Timeline, budget_bytes: int, solver: str | Solver, options: Mapping[str, Any]) -> Solution:
-    """What the solver finds; the schedule that is known to fit if it does not reach that low here."""
-    try:
-        return solve(fitting.graph, budget_bytes, solver, **options)
-    except InfeasibleBudgetError:
-        return Solution(fitting.schedule, "min_memory", fitting)
 
 
 def _too_small(size: int, floor_bytes: int, budget_bytes: int) -> InfeasibleBudgetError:

@@ -143,7 +143,8 @@ def _difference(a: Tensor | None, b: Tensor | None) -> float:
         return 0.0
     if a is None or b is None or a.shape != b.shape:
         return math.inf
-    difference = (a.to_dense().cdouble() - b.to_dense().cdouble()).abs().max().item()
+    wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+    difference = (a.to_dense().to(wide) - b.to_dense().to(wide)).abs().max().item()
     return math.inf if math.isnan(difference) else difference
 
 

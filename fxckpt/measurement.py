@@ -91,8 +91,13 @@ class TrainingStep:
 
     def resident_bytes(self) -> int:
         """Bytes of what is there before the step: parameters, buffers, inputs, gradients held already [B]."""
-        held = [*self.model.parameters(), *self.model.buffers(), *self._inputs]
-        held += [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        gradients = (leaf.grad for leaf in self.leaves)
+        held = [
+            *self.model.parameters(),
+            *self.model.buffers(),
+            *self._inputs,
+            *(g for g in gradients if g is not None),
+        ]
         return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
 
     def allocated_bytes(self) -> int:
@@ -104,7 +109,8 @@ class TrainingStep:
     def without_trace(self) -> Iterator[None]:
         """Gradients, buffers and the state of random numbers are afterwards what they were."""
         buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
-        gradients = [(leaf, leaf.grad, None if leaf.grad is None else leaf.grad.clone()) for leaf in self.leaves]
+        gradients = [(leaf, leaf.grad) for leaf in self.leaves]
+        values = [None if gradient is None else gradient.clone() for _, gradient in gradients]
         try:
             with torch.random.fork_rng(), torch.enable_grad():
                 yield
@@ -112,10 +118,10 @@ class TrainingStep:
             with torch.no_grad():
                 for buffer, old in buffers:
                     buffer.copy_(old)
-                for leaf, gradient, old in gradients:
+                for (leaf, gradient), value in zip(gradients, values, strict=True):
                     leaf.grad = gradient
-                    if gradient is not None and old is not None:
-                        gradient.copy_(old)
+                    if gradient is not None and value is not None:
+                        gradient.copy_(value)
 
     def warm_up(self) -> None:
         """Run a step twice: the first plans, the second may be planned for other outputs."""
