@@ -47,7 +47,8 @@ def test_right_options_are_taken() -> None:
         check_options(solver, {"keep": ["blocks"]} if solver == "collection" else {})
     check_options("uniform", {"k": 3})
     check_options("auto", {"effort": None})
-    check_options(own, {"k": 3})
+    function: Any = own
+    check_options(function, {"k": 3})
 
 
 @pytest.mark.parametrize(("budget", "size_bytes"), [("2KB", 2000), (700, 700), (0.5, 512), (1.0, 1024)])
