@@ -1,11 +1,18 @@
 """How close to the optimum are the plans? Overhead at fractions of the plain peak, for each frozen graph.
 
-    python benchmarks/optimality.py [--effort default] [--solver dp] [graph …]
+    python -m benchmarks.optimality [--effort default] [--gradients fresh …] [--output benchmarks/results/optimality] [graph …]
 
-A fraction is of the plain step's peak, parameters, inputs and outputs not counted. For each graph there are two rows:
-gradients fresh, and gradients already allocated. Overhead is recompute time over the time of the plain step [%], by the
-cost model with which the graph was frozen; `floor` is the smallest fraction that the solver reaches; `s` is CPU time a
-plan. Graphs are files in `benchmarks/graphs`, or paths.
+A fraction is of the plain step's peak, parameters, inputs and outputs not counted. Gradients are counted as `fresh`, as
+`allocated` before the step (then they are held twice until they are handed over), or `in place`: allocated, and added
+to at once, at no memory, as the reference counts. Rows:
+
+    fxckpt        recompute time over the time of the plain step [%], and the smallest fraction that the solver reaches
+    reference     what an earlier prototype reached (`reference_frontier.json`)
+    lower bound   of all schedules that keep backward's order (`lower_bound.py`); fxckpt may change it, so may be below
+    … any order   of all schedules
+
+Times are by the cost model with which the graph was frozen; `s` is CPU time a plan. Graphs are files in
+`benchmarks/graphs`, or paths. With --output the table is written there as .md and the figures as .json.
 """
 
 from __future__ import annotations
@@ -14,8 +21,15 @@ import argparse
 import json
 import platform
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from tabulate import tabulate
+from tqdm import tqdm
+
+from benchmarks.lower_bound import LowerBound
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
 from fxckpt.schedule import plain
@@ -23,57 +37,129 @@ from fxckpt.simulate import simulate
 from fxckpt.solvers import solve
 
 FRACTIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)
+ACCOUNTINGS = ("fresh", "allocated", "in place")
 GRAPHS = Path(__file__).parent / "graphs"
+REFERENCE = json.loads((Path(__file__).parent / "reference_frontier.json").read_text())
 
 
-def fixed_bytes(graph: Graph) -> int:
-    """Bytes that are not part of a fraction: what is there all the time, and outputs."""
-    return graph.static_bytes + sum(graph.storages[s].size_bytes for s in graph.outputs)
+@dataclass(frozen=True)
+class Problem:
+    """A graph under one accounting; fractions count from `fixed_bytes` to the plain peak."""
+
+    name: str
+    accounting: str
+    graph: Graph
+
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that are not part of a fraction: what is there all the time, and outputs."""
+        graph = self.graph
+        return graph.static_bytes + sum(graph.storages[s].size_bytes for s in graph.outputs)
+
+    @property
+    def span_bytes(self) -> int:
+        return simulate(self.graph, plain(self.graph)).peak_bytes - self.fixed_bytes
+
+    def budget_bytes(self, fraction: float) -> int:
+        return self.fixed_bytes + int(fraction * self.span_bytes)
+
+    def ratio(self, peak_bytes: int) -> float:
+        return (peak_bytes - self.fixed_bytes) / self.span_bytes
+
+    def percent(self, time_us: float) -> float:
+        return 100 * time_us / self.graph.step_us
 
 
-def row(graph: Graph, solver: str, options: dict[str, str]) -> str:
-    """Overheads, floor and time as one row of a Markdown table."""
-    fixed = fixed_bytes(graph)
-    span = simulate(graph, plain(graph)).peak_bytes - fixed
-    start = time.process_time()
-    cells = []
+def accounted(graph: Graph, accounting: str) -> Graph:
+    """The graph with gradients counted in one of `ACCOUNTINGS`."""
+    graph = graph.with_gradients(accounting != "fresh")
+    if accounting != "in place":
+        return graph
+    gradients = frozenset(graph.gradients)
+    storages = (replace(s, size_bytes=0) if i in gradients else s for i, s in enumerate(graph.storages))
+    return replace(graph, storages=tuple(storages))
+
+
+def problems(graphs: list[str], accountings: list[str] | None) -> list[tuple[str, str]]:
+    """Which graphs to look at, and how gradients are counted in each: the reference's choice where nothing is said."""
+    known = [(name, accounting) for name, _, accounting in (key.partition(" ") for key in REFERENCE["floor_ratio"])]
+    if accountings:
+        return [(name, accounting) for name in graphs or dict(known) for accounting in accountings]
+    return [pair for pair in known if not graphs or pair[0] in graphs]
+
+
+def ours(problem: Problem, solver: str, options: dict[str, str]) -> dict[str, Any]:
+    """Overheads [%], None below the floor; the floor; CPU time a plan [s]."""
+    start, cells = time.process_time(), list[float | None]()
     for fraction in FRACTIONS:
         try:
-            timeline = solve(graph, fixed + int(fraction * span), solver, **options).timeline
-            cells.append(f"{100 * timeline.recompute_us / graph.step_us:.2f}")
+            timeline = solve(problem.graph, problem.budget_bytes(fraction), solver, **options).timeline
+            cells.append(problem.percent(timeline.recompute_us))
         except InfeasibleBudgetError:
-            cells.append("–")
+            cells.append(None)
     seconds = (time.process_time() - start) / len(FRACTIONS)
-    return " | ".join((*cells, f"{floor(graph, solver, options):.3f}", f"{seconds:.1f}"))
-
-
-def floor(graph: Graph, solver: str, options: dict[str, str]) -> float:
-    """The smallest fraction that the solver reaches."""
-    fixed = fixed_bytes(graph)
-    peak_bytes = simulate(graph, plain(graph)).peak_bytes
     try:
-        lowest_bytes = solve(graph, 0, solver, **options).timeline.peak_bytes
+        floor_bytes = solve(problem.graph, 0, solver, **options).timeline.peak_bytes
     except InfeasibleBudgetError as error:
-        lowest_bytes = error.floor_bytes
-    return (lowest_bytes - fixed) / (peak_bytes - fixed)
+        floor_bytes = error.floor_bytes
+    return {"row": "fxckpt", "overhead_percent": cells, "floor_ratio": problem.ratio(floor_bytes), "cpu_s": seconds}
+
+
+def bound(problem: Problem, row: str, *, keep_order: bool) -> dict[str, Any]:
+    """The same figures of a lower bound."""
+    lowest = LowerBound(problem.graph, keep_order=keep_order)
+    times = (lowest.recompute_us(problem.budget_bytes(fraction)) for fraction in FRACTIONS)
+    cells = [None if time_us is None else problem.percent(time_us) for time_us in times]
+    return {"row": row, "overhead_percent": cells, "floor_ratio": problem.ratio(lowest.floor_bytes())}
+
+
+def rows(problem: Problem, solver: str, options: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """All rows of one problem."""
+    yield ours(problem, solver, options)
+    key = f"{problem.name} {problem.accounting}"
+    if key in REFERENCE["floor_ratio"]:
+        yield {"row": "reference"} | {kind: REFERENCE[kind][key] for kind in ("overhead_percent", "floor_ratio")}
+    yield bound(problem, "lower bound", keep_order=True)
+    yield bound(problem, "… any order", keep_order=False)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """The results as a Markdown table."""
+    headers = ("graph", "gradients", "", *map(str, FRACTIONS), "floor", "s")
+    lines = []
+    for result in results:
+        cells = ("–" if cell is None else f"{cell:.2f}" for cell in result["overhead_percent"])
+        seconds = f"{result['cpu_s']:.1f}" if "cpu_s" in result else ""
+        names = result["graph"], result["gradients"], result["row"]
+        lines.append((*names, *cells, f"{result['floor_ratio']:.3f}", seconds))
+    return tabulate(lines, headers, tablefmt="github", disable_numparse=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("graphs", nargs="*", help="names in benchmarks/graphs, or paths; all of them by default")
+    parser.add_argument("graphs", nargs="*", help="names in benchmarks/graphs, or paths; default: as the reference")
     parser.add_argument("--solver", default="dp")
     parser.add_argument("--effort", default="default", help="for dp, auto and min_memory: fast, default or max")
+    parser.add_argument("--gradients", nargs="+", choices=ACCOUNTINGS, help="default: as the reference")
+    parser.add_argument("--output", type=Path, help="without suffix")
     arguments = parser.parse_args()
-    paths = [Path(g) if Path(g).exists() else GRAPHS / f"{g}.json" for g in arguments.graphs]
     options = {"effort": arguments.effort} if arguments.solver in ("dp", "auto", "min_memory") else {}
-    print(f"{arguments.solver} {options or ''} on {platform.machine()}, Python {platform.python_version()}\n")
-    print(f"| graph | gradients | {' | '.join(map(str, FRACTIONS))} | floor | s |")
-    print("|---|---|" + "---|" * (len(FRACTIONS) + 2))
-    for path in paths or sorted(GRAPHS.glob("*.json")):
-        graph = Graph.from_dict(json.loads(path.read_text()))
-        for allocated in (False, True):
-            cells = row(graph.with_gradients(allocated), arguments.solver, options)
-            print(f"| {path.stem} | {'allocated' if allocated else 'fresh'} | {cells} |", flush=True)
+    results = []
+    for name, accounting in tqdm(problems(arguments.graphs, arguments.gradients)):
+        path = Path(name) if Path(name).exists() else GRAPHS / f"{name}.json"
+        graph = accounted(Graph.from_dict(json.loads(path.read_text())), accounting)
+        problem = Problem(path.stem, accounting, graph)
+        results += [
+            {"graph": path.stem, "gradients": accounting} | row for row in rows(problem, arguments.solver, options)
+        ]
+    print(table(results))
+    if arguments.output:
+        machine = {"processor": platform.machine(), "python": platform.python_version()}
+        data = {"solver": arguments.solver, **options, "machine": machine, "fractions": FRACTIONS, "results": results}
+        arguments.output.parent.mkdir(exist_ok=True)
+        arguments.output.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+        heading = f"Solver {arguments.solver}, effort {arguments.effort}; written by benchmarks/optimality.py.\n\n"
+        arguments.output.with_suffix(".md").write_text(heading + table(results) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,18 +37,22 @@ class Level:
         saved: for which ways to count activations backward is eased.
         most_segments: neighbours are merged until there are no more.
         fineness: how finely each cutting is looked at.
+        over_ratios: by how much schedules may be over the budget that are tried as starts too.
     """
 
     longest_ops: tuple[int, ...]
     saved: tuple[bool, ...]
     most_segments: int
     fineness: Fineness
+    over_ratios: tuple[float, ...] = ()
 
 
 LEVELS: dict[Effort, Level] = {
     "fast": Level((32,), (False,), 48, Fineness(merged=3, choices=8, slots=1500)),
-    "default": Level((32,), (False, True), 80, Fineness(merged=4, choices=16, slots=3000)),
-    "max": Level((48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000)),
+    "default": Level((32,), (False, True), 80, Fineness(merged=4, choices=16, slots=3000), (0.03, 0.1)),
+    "max": Level(
+        (48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000), (0.01, 0.03, 0.06, 0.1, 0.2)
+    ),
 }
 _FLOOR_STARTS = 5
 _MOST_STEPS = 20_000
@@ -75,7 +79,7 @@ def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedu
             return floor.schedule
         fitting = [floor]
     best = fastest_fitting(fitting, budget_bytes)
-    return polish(graph, best.schedule, budget_bytes, effort=effort)
+    return polish(graph, best.schedule, budget_bytes, effort=effort, others=_near(graph, curves, budget_bytes, effort))
 
 
 def _fitting(graph: Graph, curves: _Curves, budget_bytes: int) -> list[Timeline]:
@@ -86,6 +90,13 @@ def _fitting(graph: Graph, curves: _Curves, budget_bytes: int) -> list[Timeline]
 def _lowest(graph: Graph, curves: _Curves) -> list[Timeline]:
     """The schedule of lowest peak of each table."""
     return [simulate(graph, order.restored(t.schedule)) for c, order in curves if (t := c.lowest())]
+
+
+def _near(graph: Graph, curves: _Curves, budget_bytes: int, effort: Effort) -> list[Schedule]:
+    """Faster schedules that are somewhat over the budget: the local search may bring them under it."""
+    room_bytes = budget_bytes - graph.static_bytes
+    over = (_fitting(graph, curves, budget_bytes + int(r * room_bytes)) for r in LEVELS[effort].over_ratios)
+    return list(dict.fromkeys(timeline.schedule for timelines in over for timeline in timelines))
 
 
 def _floor(graph: Graph, lowest: list[Timeline], effort: Effort) -> Timeline:

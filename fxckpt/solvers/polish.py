@@ -8,7 +8,7 @@ sequence, and any edit that keeps first runs in a legal order is valid, so a loc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
 from typing import Literal
@@ -54,7 +54,12 @@ EFFORTS: dict[str, Effort] = {
 
 
 def polish(
-    graph: Graph, schedule: Schedule, budget_bytes: int, *, effort: Literal["fast", "default", "max"] = "default"
+    graph: Graph,
+    schedule: Schedule,
+    budget_bytes: int,
+    *,
+    effort: Literal["fast", "default", "max"] = "default",
+    others: Iterable[Schedule] = (),
 ) -> Schedule:
     """A schedule that is at most as slow as the one given and fits the budget, if that can be reached.
 
@@ -64,13 +69,14 @@ def polish(
         budget_bytes: the most its peak may be, as `simulate` counts [B].
         effort: "fast" takes milliseconds, "default" a second or two for some hundred ops, "max" up to a minute. All
             are bounded by numbers of edits, so the same call always gives the same schedule.
+        others: valid schedules to start from too, over the budget or not.
 
     Returns:
         A valid schedule. If the one given fits, so does the result, and it takes no more time. If it does not, the
         result fits at the price of more recomputation, or has the lowest peak that was met.
     """
     wiring, level = Wiring(graph), EFFORTS[effort]
-    found = [schedule, greedy(wiring, schedule, budget_bytes)]
+    found = [schedule, *(greedy(wiring, one, budget_bytes) for one in (schedule, *others))]
     if level.choices and schedule.order and len(graph.ops) <= _MOST_OPS:
         found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, level.choices)]
 
