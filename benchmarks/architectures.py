@@ -115,7 +115,7 @@ def _figures(row: Row) -> list[str]:
 
 def main(names: list[str]) -> None:
     chosen = [a.name for a in ARCHITECTURES if not names or a.name in names]
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=quiet, max_tasks_per_child=4) as pool:
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=quiet) as pool:
         rows = list(tqdm(pool.map(examine, chosen), total=len(chosen)))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, CPU"
     text = f"{sum(r.same_bits for r in rows)} of {len(rows)} architectures, {versions}.\n\n{table(rows)}\n"

@@ -124,6 +124,12 @@ def _source(desc: Any) -> tuple[InputKind, str, int]:
         if desc.target.startswith("model."):
             return InputKind.BUFFER, desc.target.removeprefix("model."), -1
         return InputKind.ATTRIBUTE, "", int(desc.target.removeprefix("attribute_"))
+    if isinstance(desc, aot.ForwardTokenAOTInput):
+        raise CaptureError(
+            "forward calls an op with an effect of its own (one that prints, asserts, or checks for errors as "
+            "torch.linalg.solve does), which could not be repeated. Take it out, or use a form without the check "
+            "(torch.linalg.solve_ex)"
+        )
     raise CaptureError(
         f"the graph takes {desc.expr()} as an input, a {type(desc).__name__}, which fxckpt can't feed. Tensor "
         f"subclasses, "

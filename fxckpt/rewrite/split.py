@@ -156,7 +156,9 @@ class Writer:
         self._executed: set[int] = before._executed if before else set(executed)
         self._replayed: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
         self._repeated = schedule.repeats()
-        self._overwritten = before._overwritten if before else overwritten(profile, schedule)
+        self._overwritten: dict[int, fx.Node] = before._overwritten if before else {}
+        if not self._executed and before is None:  # else the schedule is a part of a step
+            self._overwritten = overwritten(profile, schedule)
 
     # values
 
