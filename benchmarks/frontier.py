@@ -31,15 +31,16 @@ from torch import nn
 from tqdm import tqdm
 
 import fxckpt
-from benchmarks.contest import Contender, Figures, Ratio, largest_difference, measured, timed_in_turn
 from benchmarks.frontier_report import Point, Result, Rival, table, write
-from benchmarks.peers import Forward, Peer, peers
+from benchmarks.peers import Forward, Peer, applied, peers, run_flops
 from benchmarks.subjects import Subject, subjects
 from fxckpt.api import plan_of
+from fxckpt.comparison import Ratio, gradients_of, largest_difference
 from fxckpt.errors import InfeasibleBudgetError
+from fxckpt.measurement import TrainingStep, timed_in_turn
 from tests.models import Case
 
-QUICK_MODELS = ("gpt12_dropout", "bert6", "unet4", "resmlp1000")
+QUICK_MODELS = ("gpt12_dropout", "bert6", "unet4")
 NO_LIMIT = 2**62
 BESIDE_BYTES = 64
 """For what is in a step beside the model: the loss and its gradient."""
@@ -72,17 +73,16 @@ class Arena:
     def __init__(self, case: Case, scale: Scale) -> None:
         self._case, self._scale = case, scale
         self._plain = self._warm(lambda model: model)
-        self._plain_figures = measured(self._plain)
-        whole = _plan(self._warm(self._optimized(NO_LIMIT)))
-        self.baseline = whole.baseline
-        self._resident_bytes = whole.graph.static_bytes - whole.graph.reserved_bytes
-        self.plain = self._point("plain", "plain", self._plain_figures)
+        self._plain_gradients = gradients_of(self._plain)
+        self._plain_flops = run_flops(self._plain)
+        self.baseline = _plan(self._warm(self._optimized(NO_LIMIT))).baseline
+        self.plain = self._point("plain", "plain", self._plain)
 
     def plain_step_us(self) -> float | None:
         """Median time of the plain step [µs]."""
         if not self._scale.runs:
             return None
-        return statistics.median(timed_in_turn([self._plain], self._scale.runs)[0]) * 1e6
+        return statistics.median(timed_in_turn([self._plain], self._scale.runs)[0])
 
     def floor_bytes(self) -> int:
         """The lowest budget that fxckpt takes [B]."""
@@ -94,26 +94,26 @@ class Arena:
 
     def fxckpt(self, budget_bytes: int) -> Point:
         """fxckpt with a bound on the whole peak."""
-        contender = self._warm(self._optimized(budget_bytes))
-        point = self._ours(contender, budget_bytes)
+        step = self._warm(self._optimized(budget_bytes))
+        point = self._ours(step, budget_bytes)
         if not self._scale.runs:
             return point
-        plain, ours = timed_in_turn([self._plain, contender], self._scale.runs)
+        plain, ours = timed_in_turn([self._plain, step], self._scale.runs)
         return replace(point, time=Ratio.of(ours, plain))
 
     def rival(self, peer: Peer) -> Rival:
         """A peer, and fxckpt with the peer's measured peak as its budget."""
-        contender = self._warm(peer.apply)
-        theirs = self._point(peer.name, peer.family, measured(contender))
-        contenders = [self._plain, contender]
+        step = self._warm(peer.apply)
+        theirs = self._point(peer.name, peer.family, step)
+        steps = [self._plain, step]
         try:
-            contenders.append(self._warm(self._optimized(theirs.peak_bytes)))
-            ours = self._ours(contenders[-1], theirs.peak_bytes)
+            steps.append(self._warm(self._optimized(theirs.peak_bytes)))
+            ours = self._ours(steps[-1], theirs.peak_bytes)
         except InfeasibleBudgetError:
             ours = None
         if not self._scale.runs:
             return Rival(theirs, ours)
-        plain, *times = timed_in_turn(contenders, self._scale.runs)
+        plain, *times = timed_in_turn(steps, self._scale.runs)
         theirs = replace(theirs, time=Ratio.of(times[0], plain))
         if ours is None:
             return Rival(theirs, None)
@@ -124,28 +124,24 @@ class Arena:
             fxckpt.optimize, memory_budget=budget_bytes, reserve=BESIDE_BYTES, **self._scale.options
         )
 
-    def _warm(self, apply: Callable[[nn.Module], Forward]) -> Contender:
-        contender = Contender.of(self._case, apply)
-        contender.warm_up()
-        return contender
+    def _warm(self, apply: Callable[[nn.Module], Forward]) -> TrainingStep:
+        step = applied(self._case, apply)
+        step.warm_up()
+        return step
 
-    def _ours(self, contender: Contender, budget_bytes: int) -> Point:
-        point = self._point(f"fxckpt in {budget_bytes / 2**20:.2f} MiB", "fxckpt", measured(contender))
-        return replace(point, budget_bytes=budget_bytes, predicted=_plan(contender).predicted)
+    def _ours(self, step: TrainingStep, budget_bytes: int) -> Point:
+        point = self._point(f"fxckpt in {budget_bytes / 2**20:.2f} MiB", "fxckpt", step)
+        return replace(point, budget_bytes=budget_bytes, predicted=_plan(step).predicted)
 
-    def _point(self, name: str, family: str, figures: Figures) -> Point:
-        return Point(
-            name,
-            family,
-            self._resident_bytes + figures.allocated_bytes,
-            figures.flops / self._plain_figures.flops,
-            largest_difference(figures.gradients, self._plain_figures.gradients),
-        )
+    def _point(self, name: str, family: str, step: TrainingStep) -> Point:
+        peak_bytes = step.resident_bytes() + step.allocated_bytes()
+        difference = largest_difference(gradients_of(step), self._plain_gradients)
+        return Point(name, family, peak_bytes, run_flops(step) / self._plain_flops, difference)
 
 
-def _plan(contender: Contender) -> fxckpt.Plan:
-    assert isinstance(contender.forward, nn.Module)
-    return plan_of(contender.forward)
+def _plan(step: TrainingStep) -> fxckpt.Plan:
+    assert isinstance(step.forward, nn.Module)
+    return plan_of(step.forward)
 
 
 def compete(subject: Subject, scale: Scale, case: Case) -> Result:

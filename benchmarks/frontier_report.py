@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tabulate import tabulate
 
-from benchmarks.contest import Ratio
+from fxckpt.comparison import Ratio
 from fxckpt.plans import Figures
 
 

@@ -15,11 +15,16 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential, create_selective_checkpoint_contexts
 
 from benchmarks.subjects import GROUP_SIZES, segment_counts
+from fxckpt.comparison import flops_of
+from fxckpt.measurement import TrainingStep
 from fxckpt.profile.estimate import count_flops
+from tests.models import Case
 
 Forward = Callable[..., Any]
 Chain = Callable[[list[Forward], Any], Any]
 """Runs functions one after the other, starting from a value."""
+
+_SEED = 7
 
 aten = torch.ops.aten
 
@@ -69,6 +74,19 @@ class Compiled:
     def _count(self, module: fx.GraphModule, inputs: list[Any]) -> Forward:
         self.flops += sum(count_flops(node) for node in module.graph.nodes if node.op == "call_function")
         return boxed_nop(module, inputs)
+
+
+def applied(case: Case, apply: Callable[[nn.Module], Forward]) -> TrainingStep:
+    """The step of a case's model, built anew, with a way to save memory applied. Each has the same random numbers."""
+    model, args, kwargs = case.build()
+    forward = apply(model)
+    torch.manual_seed(_SEED)
+    return TrainingStep(model, args, kwargs, forward=forward, loss=case.loss)
+
+
+def run_flops(step: TrainingStep) -> int:
+    """FLOPs of the matrix products, convolutions and attention that a step runs; it must be warm."""
+    return step.forward.flops if isinstance(step.forward, Compiled) else flops_of(step)
 
 
 def peers(model: nn.Module, blocks: Sequence[str], is_chain: bool, budgets: Sequence[float]) -> Iterator[Peer]:

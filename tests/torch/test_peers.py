@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import torch_planner
-from benchmarks.contest import Contender, largest_difference, measured
 from benchmarks.peer_schedules import by_hand, sequential
 from benchmarks.peer_schedules import torch_planner as torch_schedule
-from benchmarks.peers import peers
+from benchmarks.peers import applied, peers, run_flops
 from benchmarks.subjects import Subject, subjects
 from benchmarks.torch_planner import Comparison, Cost, Rival
 from fxckpt.capture.joint import capture
+from fxckpt.comparison import gradients_of, largest_difference
 from fxckpt.compile import estimated
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.estimate import DEVICES
@@ -35,18 +35,15 @@ def test_checkpoints_repeat_the_flops_that_their_schedules_say(name: str) -> Non
     blocks = list(subject(name).paths(model))
     graph = profile(subject(name)).graph
     predicted = {name: Cost.of(graph, schedule) for name, schedule in by_hand(graph, blocks)}
-    plain_step = Contender.of(subject(name).quick, lambda model: model)
-    plain_step.warm_up()
-    expected = measured(plain_step)
+    plain_step = applied(subject(name).quick, lambda model: model)
+    gradients, plain_flops = gradients_of(plain_step), run_flops(plain_step)
     compared = 0
     for peer in peers(model, blocks, subject(name).is_chain, ()):
-        contender = Contender.of(subject(name).quick, peer.apply)
-        contender.warm_up()
-        found = measured(contender)
-        assert largest_difference(found.gradients, expected.gradients) == 0, peer.name
+        step = applied(subject(name).quick, peer.apply)
+        assert largest_difference(gradients_of(step), gradients) == 0, peer.name
         if peer.name in predicted:
             compared += 1
-            ratio = found.flops / expected.flops - 1
+            ratio = run_flops(step) / plain_flops - 1
             assert ratio == pytest.approx(predicted[peer.name].repeated_flops_ratio), peer.name
     assert compared == (len(predicted) if subject(name).is_chain else 2)
 
@@ -60,10 +57,10 @@ def test_torchs_planner_repeats_the_flops_that_its_schedule_says(name: str, budg
     predicted = Cost.of(profiled.graph, torch_schedule(profiled, budget))
     model = subject(name).quick.build()[0]
     compiled = [p for p in peers(model, (), False, [budget]) if p.family == "torch.compile"]
-    contender = Contender.of(subject(name).quick, compiled[0].apply)
-    contender.warm_up()
+    step = applied(subject(name).quick, compiled[0].apply)
+    step.warm_up()
     plain_flops = sum(op.flops for op in profiled.graph.ops)
-    assert measured(contender).flops / plain_flops - 1 == pytest.approx(predicted.repeated_flops_ratio)
+    assert run_flops(step) / plain_flops - 1 == pytest.approx(predicted.repeated_flops_ratio)
 
 
 @pytest.mark.slow
