@@ -23,7 +23,7 @@ from fxckpt.memory import allocation_changes, peak_allocated_bytes
 from fxckpt.profile import cost_cache
 from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
 
-_FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 3, 20, 10_000.0
+_FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 5, 20, 10_000.0
 _MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations
 
 _OPAQUE_INPUTS = ("_rnn_layer", "_cudnn_rnn", "_miopen_rnn")
@@ -50,8 +50,9 @@ def measure_times(nodes: Iterable[fx.Node], fallback: CostModel) -> None:
     """Find the time of each distinct op that is not known yet. Ops that can't be run alone get the estimate of
     `fallback`.
 
-    After a warm-up the fastest of several runs counts, not their median: other work on the machine only ever adds
-    time, so on a busy machine the least is what repeats (Chen and Revels, 2016, arXiv:1608.04295).
+    After a warm-up the fastest of several runs counts, not their median: what disturbs a run only ever adds time, so
+    the least is nearest to what the op itself takes (Chen and Revels, 2016, arXiv:1608.04295). On a busy machine both
+    scatter alike, but the median is also too high.
     """
     with torch.no_grad(), torch.random.fork_rng():
         for key, node in _distinct(nodes, _TIME_US).items():
