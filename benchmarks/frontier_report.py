@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -151,16 +151,18 @@ def _machine_text(runs: int) -> str:
 
 
 def draw(path: Path, result: Result, step_us: float) -> None:
-    """The picture: measured times in the plain model's."""
+    """The picture. Estimates are drawn as ratios to the estimate for the plain model, like measured times."""
     from matplotlib import pyplot as plt
 
     from fxckpt.report.plot import plot_curve
 
-    predicted = [p.predicted for p in result.fxckpt if p.predicted is not None]
+    scale = step_us / result.baseline.step_us
+    predicted = [replace(p.predicted, step_us=p.predicted.step_us * scale) for p in result.fxckpt if p.predicted]
+    baseline = replace(result.baseline, step_us=step_us)
     families = dict.fromkeys(r.peer.family for r in result.rivals)
     peers = {f: _series((r.peer for r in result.rivals if r.peer.family == f), step_us) for f in families}
-    fig, ax = plot_curve(predicted, baseline=result.baseline, measured=_series(result.fxckpt, step_us), peers=peers)
-    ax.set_title(result.model)
+    fig, ax = plot_curve(predicted, baseline=baseline, measured=_series(result.fxckpt, step_us), peers=peers)
+    ax.set_title(f"{result.model}: fxckpt, estimated and measured, and what torch offers, measured")
     fig.savefig(path)
     plt.close(fig)
 
