@@ -1,6 +1,6 @@
 """Does fxckpt repeat fewer FLOPs than what torch offers, at the same peak? All priced by one simulator; nothing is run.
 
-    python -m benchmarks.torch_planner [--quick] [--budgets 20] [--output benchmarks/results] [model …]
+    python -m benchmarks.torch_planner [--quick] [--budgets 10] [--output benchmarks/results] [model …]
 
 For each model, torch's own planner (`activation_memory_budget`, swept from 0 to 1), `checkpoint` around every k blocks,
 `checkpoint_sequential` and selective checkpointing are written as schedules of the captured step
@@ -197,7 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", help=f"names of models; by default {', '.join(MODELS)}")
     parser.add_argument("--quick", action="store_true", help="small models, fewer budgets")
-    parser.add_argument("--budgets", type=int, default=20, help="into how many steps 0 to 1 is divided")
+    parser.add_argument("--budgets", type=int, default=10, help="into how many steps 0 to 1 is divided")
     parser.add_argument("--output", type=Path, help="folder for the tables")
     options = parser.parse_args()
     count = 4 if options.quick else options.budgets
