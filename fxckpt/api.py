@@ -230,7 +230,7 @@ def plan_of(model_or_plan: nn.Module | Plan) -> Plan:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The fx graphs of a planned step; print their `code` to read them.
+    """A plan and the fx graphs of the planned step; print their `code` to read them.
 
     Attributes:
         captured: forward and backward of the plain model in one graph. Each op's `node.meta["fxckpt"]` says how often
@@ -238,22 +238,24 @@ class Graphs:
         forward: what runs in forward. Takes its inputs in one list, which it empties.
         backward: what runs in backward. Repeated ops have names that end in `_again`; each `yield` hands over
             gradients.
+        plan: the plan that they execute.
     """
 
     captured: fx.GraphModule
     forward: fx.GraphModule
     backward: fx.GraphModule
+    plan: Plan
 
 
 def graphs(model: nn.Module) -> Graphs:
-    """The graphs behind the latest plan of an optimized module.
+    """The latest plan of an optimized module and the graphs that execute it.
 
     Raises:
         FxckptError: the module is not an optimized one, or nothing is planned yet.
     """
     compiled = _compiled(model)
     emitted = compiled.program.emitted
-    return Graphs(compiled.profile.joint.module, emitted.forward, emitted.backward)
+    return Graphs(compiled.profile.joint.module, emitted.forward, emitted.backward, compiled.plan)
 
 
 def _compiled(model: nn.Module) -> Compiled:

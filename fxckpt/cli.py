@@ -119,14 +119,12 @@ def _plan_options(options: argparse.Namespace) -> PlanOptions:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    _quieten_profiler()
     from fxckpt import demo
 
     return demo.run(steps=options.steps, tiny=options.tiny)
 
 
 def _plan(options: argparse.Namespace) -> int:
-    _quieten_profiler()
     from fxckpt import api
 
     budget = read_budget(options.memory_budget)
@@ -147,7 +145,6 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    _quieten_profiler()
     from fxckpt import api
 
     budget = read_budget(options.memory_budget)
@@ -156,11 +153,6 @@ def _bench(options: argparse.Namespace) -> int:
     found = api.benchmark(model, optimized, example_inputs=args, example_kwargs=kwargs, runs=options.runs)
     print(found.to_json() if options.json else found)
     return 0 if found.same_bits else 1
-
-
-def _quieten_profiler() -> None:
-    """Torch's profiler measures memory and announces on stderr that it starts; torch looks here when imported."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def _explain(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ allocate inside.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 def allocation_changes(run: Callable[[], Any]) -> Iterator[int]:
     """Run something on CPU; the sizes that it allocated (positive) and released (negative), in order [B]."""
     gc.collect()
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's library prints its probes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     results = profiler.profiler.kineto_results

@@ -56,16 +56,31 @@ class _StandIn:
 
     _fxckpt: Planner
 
-    @property
-    def forward(self) -> Callable[..., Any]:
-        return self._fxckpt.forward
-
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         planner = self._fxckpt
         return stand_in(copy.deepcopy(planner.plain, memo), planner.options)
 
     def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
         return stand_in, (self._fxckpt.plain, self._fxckpt.options)
+
+
+class _Forward:
+    """`forward` of a stand-in: planned on the module, the model's own on the class (whose signature people inspect).
+
+    Whoever sets it on the module, as accelerate does to add autocast, wraps the planned one.
+    """
+
+    def __init__(self, plain_forward: Callable[..., Any]) -> None:
+        self._plain_forward = plain_forward
+
+    def __get__(self, module: Any, _: Any = None) -> Callable[..., Any]:
+        return self._plain_forward if module is None else module._fxckpt.forward
+
+    def __set__(self, module: Any, forward: Callable[..., Any]) -> None:
+        module._fxckpt.forward = forward
+
+    def __delete__(self, module: Any) -> None:
+        module._fxckpt.forward = module._fxckpt.planned_forward()
 
 
 @functools.cache
@@ -75,6 +90,7 @@ def _stand_in_class(kind: Any) -> type[nn.Module]:
         "__module__": kind.__module__,
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
+        "forward": _Forward(kind.forward),
     }
     return type(kind.__name__, (_StandIn, kind), body)
 
@@ -95,11 +111,16 @@ class Planner:
     def __init__(self, plain: nn.Module, options: Options) -> None:
         self.plain, self.options = plain, options
         self.latest: Compiled | None = None
-        self.forward = functools.partial(Planner.call, self)
-        functools.update_wrapper(self.forward, plain.forward)  # inspect.signature sees the model's own arguments
+        self.forward = self.planned_forward()
         self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
         self._lock = threading.Lock()
         self._watch = watch(plain)
+
+    def planned_forward(self) -> Callable[..., Any]:
+        """`call`, with the signature of the model's own forward."""
+        forward = functools.partial(Planner.call, self)
+        functools.update_wrapper(forward, self.plain.forward)
+        return forward
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, planned. Without grad it is the plain forward."""

@@ -83,6 +83,25 @@ def test_it_is_the_model_to_whoever_asks() -> None:
     for our_buffer, buffer in zip(optimized.buffers(), model.buffers(), strict=True):
         assert our_buffer is buffer
     assert inspect.signature(optimized.forward) == inspect.signature(model.forward)
+    assert inspect.signature(type(optimized).forward) == inspect.signature(Net.forward)
+
+
+def test_a_forward_that_is_set_wraps_the_planned_one() -> None:
+    optimized = thrifty(net())
+    planned = optimized.forward
+    calls = []
+
+    def wrapper(*args: Any) -> Any:
+        calls.append(args)
+        return planned(*args)
+
+    optimized.forward = wrapper
+    assert_same_step(run_step(optimized, (X,), {}, project), plain_step(net(), (X,), {}, project))
+    assert len(calls) == 1
+    assert fxckpt.graphs(optimized)
+    del optimized.forward
+    optimized(X)
+    assert len(calls) == 1
 
 
 def test_the_model_itself_stays_plain() -> None:
