@@ -106,8 +106,7 @@ def _split_convolution_backward(graph: fx.Graph) -> None:
         halves = []
         for name, mask in ("weight", (False, of_weight, of_bias)), ("input", (True, False, False)):
             with graph.inserting_before(node):
-                call = "call_function", node.target, (*arguments, list(mask)), {}
-                half = graph.create_node(*call, name=f"{node.name}_{name}")
+                half = graph.call_function(node.target, (*arguments, list(mask)), name=f"{node.name}_{name}")
             value = tuple(v if wanted else None for v, wanted in zip(node.meta["val"], mask, strict=True))
             half.meta = node.meta | {"val": value}
             halves.append(half)

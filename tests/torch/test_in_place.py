@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxckpt.compile import Options, profile_step
+from fxckpt.compile import profile_step
 from fxckpt.errors import VerificationError
+from fxckpt.options import Options
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.codegen import compile_boxed
 from fxckpt.rewrite.in_place import OVERWRITING, overwritten
