@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.models import Arguments, Case, tokens
+from tests.models import Arguments, Bottleneck, Case, gpt, tokens, unet
 
 
 class RMSNorm(nn.Module):
@@ -118,7 +118,14 @@ def mlp(layers: int, width: int, batch: int) -> tuple[nn.Module, Arguments]:
     return Stack(blocks, width), ((torch.randn(batch, width),), {})
 
 
+def bottleneck(width_in: int, width: int, batch: int, size: int) -> tuple[nn.Module, Arguments]:
+    return Bottleneck(width_in, width, 1), ((torch.randn(batch, width_in, size, size, requires_grad=True),), {})
+
+
 CASES: tuple[Case, ...] = (
+    Case("gpt1", lambda: gpt(1, 256, 256, 4, 1000, 0.0)),
+    Case("bottleneck1", lambda: bottleneck(256, 64, 8, 24)),
+    Case("unet1", lambda: unet(1, 16, 4, 96)),
     Case("llama12", lambda: llama(12, 256, 688, 256, 4)),
     Case("resmlp1000", lambda: residual_mlp(1000, 32, 256)),
 )

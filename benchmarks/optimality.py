@@ -1,6 +1,6 @@
 """How close to the optimum are the plans? Overhead at fractions of the plain peak, for each frozen graph.
 
-    python -m benchmarks.optimality [--effort default] [--gradients fresh …] [--output benchmarks/results/optimality] [graph …]
+    python -m benchmarks.optimality [--effort default] [--output benchmarks/results/optimality] [graph …]
 
 A fraction is of the plain step's peak, parameters, inputs and outputs not counted. Gradients are counted as `fresh`, as
 `allocated` before the step (then they are held twice until they are handed over), or `in place`: allocated, and added

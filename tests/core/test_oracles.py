@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from itertools import product
 from math import ceil
+from pathlib import Path
 from statistics import fmean
 
 import pytest
@@ -24,6 +26,7 @@ from fxckpt.solvers.polish import polish
 from fxckpt.solvers.treeverse import forward_steps, treeverse
 from tests.strategies import chain, graphs, training_steps
 
+GRAPHS = Path(__file__).parents[2] / "benchmarks" / "graphs"
 EXTRA = 2  # repeats that the brute-force search tries
 
 
@@ -177,6 +180,30 @@ def test_dp_is_close_to_the_optimum_on_tiny_graphs(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["chain", "dag"])
 def test_dp_is_close_to_the_optimum_on_small_graphs(kind: str) -> None:
     compare_with_the_optimum(small_steps(kind, 12), 100)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt1", "bottleneck1", "unet1"])
+def test_dp_is_as_good_as_milp_on_a_block_of_a_real_model(name: str) -> None:
+    """Within half a point of the plain step's time, at five budgets between the lowest peak that dp finds and plain."""
+    graph = Graph.from_dict(json.loads((GRAPHS / f"{name}.json").read_text()))
+    lowest_bytes, plain_bytes = (simulate(graph, schedule).peak_bytes for schedule in (dp(graph, 0), plain(graph)))
+    for number in range(1, 6):
+        budget_bytes = lowest_bytes + (plain_bytes - lowest_bytes) * number // 6
+        found, optimum = (simulate(graph, solver(graph, budget_bytes)) for solver in (dp, milp))
+        assert found.peak_bytes <= budget_bytes
+        assert optimum.peak_bytes > budget_bytes or found.step_us <= optimum.step_us + 0.005 * graph.step_us
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("allocated", [False, True])
+@pytest.mark.parametrize("name", ["gpt12", "mlp32", "resnet50", "unet4"])
+def test_a_larger_budget_is_never_slower_on_real_models(name: str, allocated: bool) -> None:
+    graph = Graph.from_dict(json.loads((GRAPHS / f"{name}.json").read_text())).with_gradients(allocated)
+    lowest_bytes, plain_bytes = (simulate(graph, schedule).peak_bytes for schedule in (dp(graph, 0), plain(graph)))
+    budgets = (lowest_bytes + (plain_bytes - lowest_bytes) * number // 8 for number in range(9))
+    times = [simulate(graph, dp(graph, budget_bytes)).step_us for budget_bytes in budgets]
+    assert times == sorted(times, reverse=True)
 
 
 @st.composite

@@ -1,0 +1,82 @@
+"""How long does planning take, capture aside, and how does it grow with depth?
+
+    python -m benchmarks.planning_time [--depths 4 8 16 32] [--output benchmarks/results/planning_time.json]
+
+Plans Llama-like stacks of growing depth at half of the plain peak with effort "fast", and the frozen graphs with "fast"
+and "default"; gradients are allocated. Times are CPU time of this process [s], in one thread, so a busy machine disturbs them little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tabulate import tabulate
+
+import fxckpt
+from benchmarks.models import llama
+from benchmarks.optimality import GRAPHS, Problem
+from fxckpt.graph import Graph
+from fxckpt.solvers import solve
+
+FRACTION = 0.5
+FROZEN = ("gpt12", "llama12", "mlp32", "resmlp1000", "resnet50", "unet4")
+
+
+def stacks(depths: list[int]) -> Iterator[tuple[str, int, Graph]]:
+    """Name, depth and graph of Llama-like stacks."""
+    for depth in depths:
+        model, (args, kwargs) = llama(depth, 64, 172, 64, 1)
+        plan = fxckpt.plan(model, 2**62, example_inputs=args, example_kwargs=kwargs, cost_model="reference")
+        yield f"llama, {depth} layers", depth, plan.graph.with_gradients(True)
+
+
+def frozen() -> Iterator[tuple[str, None, Graph]]:
+    for name in FROZEN:
+        yield name, None, Graph.from_dict(json.loads((GRAPHS / f"{name}.json").read_text())).with_gradients(True)
+
+
+def timed(name: str, depth: int | None, graph: Graph, effort: str) -> dict[str, Any]:
+    """CPU time of one plan [s]."""
+    problem = Problem(name, "allocated" if graph.gradients_allocated else "fresh", graph)
+    budget_bytes = problem.budget_bytes(FRACTION)
+    start = time.process_time()
+    timeline = solve(graph, budget_bytes, "dp", effort=effort).timeline
+    seconds = time.process_time() - start
+    overhead = problem.percent(timeline.recompute_us)
+    return {
+        "graph": name,
+        "layers": depth,
+        "ops": len(graph.ops),
+        "effort": effort,
+        "cpu_s": seconds,
+        "overhead_percent": overhead,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depths", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    results = [timed(name, depth, graph, "fast") for name, depth, graph in stacks(arguments.depths)]
+    for name, depth, graph in frozen():
+        efforts = ("fast",) if len(graph.ops) > 3000 else ("fast", "default")
+        results += [timed(name, depth, graph, effort) for effort in efforts]
+    for result in results:
+        result["cpu_ms_per_op"] = 1000 * result["cpu_s"] / result["ops"]
+    print(tabulate(results, headers="keys", floatfmt=".2f"))
+    if arguments.output:
+        machine = {"processor": platform.machine(), "python": platform.python_version()}
+        arguments.output.parent.mkdir(exist_ok=True)
+        data = {"machine": machine, "budget_ratio": FRACTION, "results": results}
+        arguments.output.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
