@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 import fxckpt
@@ -62,14 +63,36 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=True)
 
 
+class Heads(nn.Module):
+    """Heads side by side again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+
 class Recurrent(nn.Module):
+    """Wide enough that kernels vectorize rows of it: in eager GRU's gates are changed in place, as parts of one tensor.
+
+    A captured graph has them apart, and where a row is shorter than a vector torch rounds its sigmoid differently.
+    """
+
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
-        self.cell = kind(16, 8, num_layers=2, batch_first=True, dropout=0.1, bidirectional=True)
+        self.cell = kind(16, 64, num_layers=2, batch_first=True, dropout=0.1, bidirectional=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.cell(x)[0]
         return y
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(16, 8, batch_first=True, proj_size=4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y, (hidden, _) = self.cell(x)
+        return y, hidden
 
 
 class SelfAttention(nn.Module):
@@ -155,12 +178,13 @@ class Mixed(nn.Module):
 
 
 class OwnAutocast(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
+        self.dtype = dtype
         self.layers = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=self.dtype):
             y: Tensor = self.layers(x)
         return y.float() * 2
 
@@ -205,6 +229,14 @@ FLAT: dict[str, Callable[[], nn.Module]] = {
     "stop gradient": lambda: Lambda(lambda _, y: torch.tanh(y) * torch.tanh(y).detach()),
     "part without gradients": lambda: Lambda(lambda m, y: y * no_gradients(m, y)),
     "alpha dropout": lambda: nn.Sequential(nn.Linear(16, 16), nn.SELU(), nn.AlphaDropout(0.15)),
+    "feature alpha dropout": lambda: nn.Sequential(nn.Linear(16, 16), nn.FeatureAlphaDropout(0.3), nn.SELU()),
+    "randomized relu": lambda: nn.Sequential(nn.Linear(16, 16), nn.RReLU(), nn.Tanh()),
+    "own half autocast": lambda: OwnAutocast(torch.float16),
+    "noise in place": lambda: Lambda(lambda _, y: torch.exp(y) * torch.empty_like(y).normal_().cauchy_()),
+    "multinomial": lambda: Lambda(lambda _, y: y.exp().gather(1, torch.multinomial(y.detach().softmax(1), 3))),
+    "index put": lambda: Lambda(lambda _, y: y.exp().index_put((torch.tensor([0, 0, 1]),), y[:3], accumulate=True)),
+    "linear algebra": lambda: Lambda(lambda _, y: torch.linalg.solve_ex(y.T @ y + torch.eye(16), y.T)[0].exp()),
+    "spectral norm": lambda: nn.Sequential(spectral_norm(nn.Linear(16, 16)), nn.Tanh(), nn.Linear(16, 16)),
     "dropout of nothing and all": lambda: nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.0), nn.Dropout(1.0)),
     "dropout in place": lambda: nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.15, inplace=True), nn.Tanh()),
     "dropout twice": lambda: nn.Sequential(nn.Dropout(0.15), nn.Linear(16, 16), nn.Dropout(0.4), nn.GELU()),
@@ -234,6 +266,10 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "attention with dropout": lambda: Attention(0.3),
     "LSTM": lambda: Recurrent(nn.LSTM),
     "GRU": lambda: Recurrent(nn.GRU),
+    "RNN": lambda: Recurrent(nn.RNN),
+    "LSTM with projections": lambda: Projected(),
+    "dropout1d": lambda: nn.Sequential(nn.Linear(16, 16), nn.Dropout1d(0.3), nn.Tanh()),
+    "transposed conv1d": lambda: nn.Sequential(nn.ConvTranspose1d(6, 8, 3, 2), nn.GELU(), nn.Conv1d(8, 4, 3, groups=4)),
     "MultiheadAttention": SelfAttention,
     "TransformerEncoderLayer": lambda: nn.TransformerEncoderLayer(16, 4, 32, 0.15, batch_first=True),
     "layer norms": lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.RMSNorm(16), nn.GELU()),
@@ -242,6 +278,7 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_on_sequences(name: str) -> None:
     torch.manual_seed(0)
@@ -286,6 +323,44 @@ def test_reentrant_checkpoints_of_what_needs_no_gradient_give_none() -> None:
     model = nn.Sequential(Checkpointed(use_reentrant=True), nn.Linear(16, 4))
     with pytest.warns(UserWarning, match=r"ignores it|requires_grad=True"):
         compare(model, rows(8, 16))
+
+
+VOLUMES: dict[str, Callable[[], nn.Module]] = {
+    "conv3d": lambda: nn.Sequential(nn.Conv3d(2, 4, 3, padding=1), nn.BatchNorm3d(4), nn.Dropout3d(0.3), nn.ReLU(True)),
+    "transposed conv3d": lambda: nn.Sequential(nn.ConvTranspose3d(2, 4, 2, 2), nn.LeakyReLU(), nn.AvgPool3d(2)),
+}
+
+
+@pytest.mark.parametrize("name", VOLUMES)
+def test_on_volumes(name: str) -> None:
+    torch.manual_seed(0)
+    compare(VOLUMES[name](), rows(2, 2, 4, 6, 6))
+
+
+def test_fused_attention_is_one_op() -> None:
+    torch.manual_seed(0)
+    graph = fxckpt.plan(Attention(), "1GB", example_inputs=(rows(2, 6, 16),), cost_model="estimate").graph
+    kernels = [op.target for op in graph.ops if "scaled_dot_product" in op.target]
+    assert kernels == [
+        "aten._scaled_dot_product_flash_attention_for_cpu.default",
+        "aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+    ]
+
+
+def test_fused_attention_is_kept_rather_than_repeated() -> None:
+    """Its output is as large as any of its inputs, and dearer: whoever recomputes little recomputes others first."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Sequential(Attention(), Heads(), nn.GELU(), nn.LayerNorm(16)) for _ in range(4)))
+    plan = fxckpt.plan(layers, 0.8, example_inputs=(rows(4, 64, 16),), cost_model="reference")
+    repeated = {plan.graph.ops[index].target for index in plan.schedule.repeats()}
+    assert repeated
+    assert not any("scaled_dot_product" in target for target in repeated)
+
+
+def test_attention_by_the_math_kernel() -> None:
+    torch.manual_seed(0)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        compare(Attention(0.2), rows(2, 6, 16))
 
 
 def test_tied_weights() -> None:
@@ -362,6 +437,12 @@ def test_sparse_gradients_are_right_or_refused() -> None:
     assert weights[0] is not None
     assert weights[1] is not None
     assert torch.equal(weights[0].to_dense(), weights[1].to_dense())
+
+
+def test_ops_with_effects_of_their_own_are_refused() -> None:
+    model = Lambda(lambda _, y: torch.linalg.solve(y.T @ y + torch.eye(16), y.T))
+    with pytest.raises(CaptureError, match=r"effect of its own.*solve_ex"):
+        fxckpt.optimize(model, "1GB", example_inputs=(rows(8, 16),))
 
 
 def test_parts_that_torch_compile_would_skip() -> None:
