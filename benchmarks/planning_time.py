@@ -3,7 +3,8 @@
     python -m benchmarks.planning_time [--depths 4 8 16 32] [--output benchmarks/results/planning_time.json]
 
 Plans Llama-like stacks of growing depth at half of the plain peak with effort "fast", and the frozen graphs with "fast"
-and "default"; gradients are allocated. Times are CPU time of this process [s], in one thread, so a busy machine disturbs them little.
+and "default"; gradients are allocated. Times are CPU time of this process [s], in one thread, so a busy machine
+disturbs them little.
 """
 
 from __future__ import annotations
