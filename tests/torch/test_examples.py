@@ -44,7 +44,8 @@ def test_ones_own_solver_is_served_like_any_other() -> None:
 
 
 def test_a_plan_for_another_gpu() -> None:
-    lines = shown_by("other_gpu.py", "--layers", "2", "--width", "256", "--length", "128", "--budget", "1GB").splitlines()
+    sizes = ("--layers", "2", "--width", "256", "--length", "128", "--budget", "1GB")
+    lines = shown_by("other_gpu.py", *sizes).splitlines()
     assert [line.split(" plain")[0].strip() for line in lines] == ["A100", "H100", "RTX 4090"]
 
 
