@@ -3,7 +3,7 @@
     python -m benchmarks.architectures [name …]
 
 Loss, gradients, buffers and the state of the random-number generator must be equal in every bit, and the outputs of
-the model's own type. Writes `benchmarks/results/architectures.json` and `.md`; with names, prints only.
+the model's own type. Writes `benchmarks/results/architectures.json` and `.md`; with names, only their rows are new.
 """
 
 from __future__ import annotations
@@ -113,15 +113,22 @@ def _figures(row: Row) -> list[str]:
     return [f"{row.ops:,}", f"{ratio:.1%}", f"{measured:.3f}"]
 
 
+def _with_rows_kept(rows: list[Row]) -> list[Row]:
+    """The new rows, and for all other architectures those that were written before."""
+    path = RESULTS / "architectures.json"
+    before = [Row(**row) for row in json.loads(path.read_text())["rows"]] if path.exists() else []
+    known = {row.name: row for row in (*before, *rows)}
+    return [known[a.name] for a in ARCHITECTURES if a.name in known]
+
+
 def main(names: list[str]) -> None:
     chosen = [a.name for a in ARCHITECTURES if not names or a.name in names]
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=quiet) as pool:
         rows = list(tqdm(pool.map(examine, chosen), total=len(chosen)))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, CPU"
+    rows = _with_rows_kept(rows)
     text = f"{sum(r.same_bits for r in rows)} of {len(rows)} architectures, {versions}.\n\n{table(rows)}\n"
     print(text)
-    if names:
-        return
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "architectures.md").write_text(
         "# Architectures of transformers\n\nA training step at 50 % of the plain peak, compared bit by bit with the "

@@ -98,7 +98,8 @@ def padded(tokens: Tensor) -> Inputs:
 
 
 def sequence_to_sequence() -> Inputs:
-    return {"input_ids": ids(), "labels": ids(LENGTH // 2)}
+    tokens = ids()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": ids(LENGTH // 2)}
 
 
 def sequence_classes() -> Inputs:

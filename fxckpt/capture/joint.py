@@ -221,6 +221,10 @@ _FLAGS = ((), ("_is_compiling_flag",), ("_is_compiling_flag", "_is_exporting_fla
 then yes, since models then avoid to read data."""
 
 
+def _unchecked(*_: Any) -> None:
+    """Stands for a check of values, which a model that is being compiled makes as a hint to the compiler."""
+
+
 def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
     """Export the joint graph with the first flags that allow it."""
     stack.enter_context(torch.enable_grad())
@@ -234,6 +238,7 @@ def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Te
             with contextlib.ExitStack() as attempt:
                 for flag in flags:
                     attempt.enter_context(mock.patch(f"torch.compiler.{flag}", True))
+                    attempt.enter_context(mock.patch("torch._check_tensor_all", _unchecked))
                 joint = aot_export_joint_with_descriptors(attempt, traced, tuple(tensors))
                 stack.push(attempt.pop_all())
                 return joint

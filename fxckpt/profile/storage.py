@@ -54,8 +54,8 @@ def map_storages(joint: JointGraph) -> StorageMap:
         return len(storages) - 1
 
     for node in graph.nodes:
-        if node.op == "output":
-            continue
+        if node.op == "output" or (node.op == "placeholder" and node not in kinds):
+            continue  # a tangent that backward does not start from: nobody gives one
         value = node.meta.get("val")
         if node.op in ("placeholder", "get_attr"):
             tensor = value if isinstance(value, torch.Tensor) else getattr(joint.module, str(node.target), None)

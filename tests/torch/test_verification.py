@@ -168,7 +168,7 @@ def test_a_wrong_op_of_the_captured_graph_is_named() -> None:
 
 
 class Moody(nn.Module):
-    """Computes something else when it is compiled."""
+    """Looks at its data to choose how to compute, but not when it is compiled, as some attention masks are made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,7 +176,9 @@ class Moody(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.linear(x)
-        return torch.sin(y) if torch.compiler.is_compiling() else torch.sin(y * 1.001)
+        if not torch.compiler.is_compiling() and (x.detach().abs() < 100).all():
+            y = y * 1.001
+        return torch.sin(y)
 
 
 def test_a_model_that_is_another_one_while_it_is_captured() -> None:
