@@ -126,8 +126,12 @@ class Graph:
 
     @cached_property
     def stage_bytes(self) -> int:
-        """Gradients are handed over when this many bytes of them are waiting [B]."""
-        return max(sum(self.storages[s].size_bytes for s in self.gradients) // 128, 1)
+        """Gradients are handed over when this many bytes of them are waiting [B].
+
+        Each handover takes time, and frees memory only where gradients are allocated already.
+        """
+        stages = 128 if self.gradients_allocated else 8
+        return max(sum(self.storages[s].size_bytes for s in self.gradients) // stages, 1)
 
     def with_gradients(self, allocated: bool) -> Graph:
         """The same step with gradients fresh or already allocated."""

@@ -29,7 +29,8 @@ def test_gradients_fresh_or_allocated_is_one_graph_seen_twice() -> None:
 
 
 def test_a_stage_is_a_part_of_all_gradients_and_never_nothing() -> None:
-    assert chain(weight_bytes=640).stage_bytes == 4 * 640 // 128
+    assert chain(weight_bytes=640).stage_bytes == 4 * 640 // 8
+    assert chain(weight_bytes=640).with_gradients(allocated=True).stage_bytes == 4 * 640 // 128
     assert chain(weight_bytes=0).stage_bytes == 1
 
 

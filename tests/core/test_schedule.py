@@ -104,7 +104,7 @@ def test_small_gradients_wait_for_each_other() -> None:
     small, big = Storage("small", 1, "backward"), Storage("big", 1000, "backward")
     ops = tuple(Op(f"b{i}", "op", (), (i,)) for i in range(5))
     graph = Graph(ops, (small, small, big, small, small), forward_count=0, gradients=(0, 1, 2, 3, 4))
-    assert graph.stage_bytes == 1004 // 128
+    assert graph.stage_bytes == 1004 // 8
     assert deliveries(graph, plain(graph)) == [Delivery(2, (0, 1, 2)), Delivery(4, (3, 4))]
 
 
