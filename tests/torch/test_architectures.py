@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -58,8 +60,7 @@ def test_all_others_within_the_plain_peak(architecture: Architecture) -> None:
 def test_gradient_checkpointing_that_is_on_already(use_reentrant: bool) -> None:
     model, inputs = named("Llama").build()
     without = fxckpt.plan(model, "1GB", example_kwargs=inputs, solver="save_all", cost_model="reference")
-    enable = model.gradient_checkpointing_enable
-    assert callable(enable)
+    enable: Any = model.gradient_checkpointing_enable
     enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     expected = plain_step(model, (), inputs, own_loss)
     optimized = fxckpt.optimize(model, "1GB", solver="min_memory", cost_model="reference")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import fxckpt
 from fxckpt import compile as compiling
+from fxckpt.capture import cleanup
 from fxckpt.capture import joint as capturing
 from fxckpt.errors import VerificationError
 from fxckpt.rewrite.split import Emitted
@@ -120,7 +121,7 @@ def spoil(module: fx.GraphModule, target: Any, suffix: str = "") -> str:
 
     node.target = wrong
     module.recompile()
-    return node.name
+    return str(node.name)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_a_wrong_op_of_an_emitted_graph_is_named(half: str, target: Any, suffix:
 
 
 def test_a_wrong_op_of_the_captured_graph_is_named() -> None:
-    clean = capturing.clean
+    clean = cleanup.clean
 
     def clean_and_spoil(module: fx.GraphModule) -> None:
         clean(module)
