@@ -1,4 +1,4 @@
-"""Every exception fxckpt raises on purpose. Catch `FxckptError` to catch them all."""
+"""Every exception fxckpt raises on purpose, and its warnings. Catch `FxckptError` to catch all exceptions."""
 
 from __future__ import annotations
 

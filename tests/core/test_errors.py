@@ -5,12 +5,19 @@ import pytest
 from fxckpt import errors
 from fxckpt.errors import FxckptError, InfeasibleBudgetError
 
-ALL = [getattr(errors, name) for name in errors.__all__]
+EXPORTED = [getattr(errors, name) for name in errors.__all__]
+ALL = [e for e in EXPORTED if not issubclass(e, Warning)]
 
 
 def test_every_exception_is_exported() -> None:
     defined = {n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, BaseException)}
     assert defined == set(errors.__all__)
+
+
+def test_warnings_can_be_filtered_as_those_of_users_and_say_what_they_are() -> None:
+    warnings = set(EXPORTED) - set(ALL)
+    assert warnings
+    assert all(issubclass(w, UserWarning) and w.__doc__ for w in warnings)
 
 
 @pytest.mark.parametrize("error", ALL)
