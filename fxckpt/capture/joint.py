@@ -31,6 +31,7 @@ from fxckpt.capture.layout import LAID_OUT, layout_of
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
+from fxckpt.capture.traces import Place, unchanged
 from fxckpt.errors import CaptureError
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -72,10 +73,10 @@ class _Traced(nn.Module):
             self.register_buffer(f"attribute_{index}", owner[name].detach())
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        for index, (owner, name) in enumerate(self.attributes):
-            owner[name] = getattr(self, f"attribute_{index}")
         args, kwargs = put_together(self._inputs, iter(tensors))
-        with _tied(self._aliases):
+        with _tied(self._aliases), unchanged(self.model, self.attributes):
+            for index, (owner, name) in enumerate(self.attributes):
+                owner[name] = getattr(self, f"attribute_{index}")
             flat, self.outputs = take_apart(self._forward(*args, **kwargs))
         return flat
 
@@ -88,12 +89,9 @@ class _Traced(nn.Module):
         return super().named_buffers(prefix, recurse, remove_duplicate=True)
 
 
-_Place = tuple[dict[str, Any], str]
-
-
-def _aliases(model: nn.Module) -> list[tuple[_Place, _Place]]:
+def _aliases(model: nn.Module) -> list[tuple[Place, Place]]:
     """Further places of parameters and buffers that several modules share, each with the first place."""
-    first: dict[int, _Place] = {}
+    first: dict[int, Place] = {}
     found = []
     for module in model.modules():
         for held in (module._parameters, module._buffers):
@@ -106,7 +104,7 @@ def _aliases(model: nn.Module) -> list[tuple[_Place, _Place]]:
 
 
 @contextlib.contextmanager
-def _tied(aliases: list[tuple[_Place, _Place]]) -> Iterator[None]:
+def _tied(aliases: list[tuple[Place, Place]]) -> Iterator[None]:
     """While a model is traced its parameters are replaced, each in its first place: let the other places follow."""
     before = [held[name] for (held, name), _ in aliases]
     for (held, name), (first, first_name) in aliases:
@@ -118,7 +116,7 @@ def _tied(aliases: list[tuple[_Place, _Place]]) -> Iterator[None]:
             held[name] = tensor
 
 
-def tensor_attributes(model: nn.Module) -> list[tuple[dict[str, Any], str]]:
+def tensor_attributes(model: nn.Module) -> list[Place]:
     """Tensors that modules hold as plain attributes, neither parameters nor buffers: where each is, and its name."""
     return [
         (vars(module), name)
@@ -158,7 +156,6 @@ def capture(
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
-        _unchanged(model, traced),
         Provenance(modules),
         contextlib.ExitStack() as stack,
     ):
@@ -245,46 +242,3 @@ def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Te
         except Exception as error:
             failures.append(error)
     raise explain(failures[1]) from failures[1]
-
-
-@contextlib.contextmanager
-def _unchanged(model: nn.Module, traced: _Traced) -> Iterator[None]:
-    """Undo what tracing leaves on the model, and refuse models whose forward stores tensors on themselves.
-
-    Random-number state is put back too: fake tensors draw nothing, but the model's own Python code may.
-    """
-    before = {module: dict(vars(module)) for module in model.modules()}
-    state = torch.get_rng_state()
-    try:
-        yield
-        lifted = {(id(owner), name) for owner, name in traced.attributes}
-        for module, attributes in before.items():
-            if type(module).__module__.startswith("torch.nn."):
-                continue  # recurrent modules list their parameters anew
-            for name, value in vars(module).items():
-                known = (id(vars(module)), name) in lifted or _same(value, attributes.get(name))
-                if not known and _holds_tensor(value):
-                    raise CaptureError(
-                        f"forward stores a tensor in attribute {name!r} of {type(module).__name__}. The optimized "
-                        "module can't repeat that: return the tensor instead, or register it as a buffer and update it "
-                        "in place"
-                    )
-    finally:
-        torch.set_rng_state(state)
-        for module, attributes in before.items():
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            for name, value in attributes.items():
-                if vars(module).get(name) is not value:
-                    vars(module)[name] = value
-
-
-def _same(new: Any, old: Any) -> bool:
-    """Whether an attribute is what it was: the same object, or a list of the same objects."""
-    if isinstance(new, (list, tuple)) and isinstance(old, (list, tuple)) and len(new) == len(old):
-        return all(map(_same, new, old))
-    return new is old
-
-
-def _holds_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensor, value)))

@@ -14,7 +14,7 @@ from tests.architectures import ARCHITECTURES, Architecture, step_at
 from tests.models import own_loss
 from tests.training import assert_same_step, plain_step, run_step
 
-QUICK = ("Qwen3", "Mixtral", "SqueezeBERT", "CLIP")
+QUICK = ("Qwen3", "Mixtral", "SqueezeBERT", "LLaVA")
 REFUSED = {
     "RecurrentGemma": "recurrent_states",
     "DeBERTa-v2": "nonzero",

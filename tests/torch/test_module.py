@@ -454,6 +454,53 @@ def test_a_failed_optimize_leaves_the_model_as_it_was(make: type[nn.Module]) -> 
     model(X).sum().backward()
 
 
+def test_what_forward_prepares_when_it_first_runs_is_undone_after_capture() -> None:
+    class Prepares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.calls: dict[str, int] = {}
+            self.is_ready = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.is_ready:
+                self.is_ready = True
+                self.layer.register_forward_hook(lambda _, __, output: output * 2)
+            self.calls["forward"] = self.calls.get("forward", 0) + 1
+            y: Tensor = self.layer(x)
+            return y
+
+    model = Prepares()
+    expected = plain_step(model, (X,), {}, project)
+    optimized = thrifty(model, example_inputs=(X,))
+    assert (model.calls, model.is_ready, len(model.layer._forward_hooks)) == ({}, False, 0)
+    assert_same_step(run_step(optimized, (X,), {}, project), expected)
+
+
+@pytest.mark.parametrize("place", ["a dictionary", "a buffer", "an attribute"])
+def test_a_tensor_that_forward_stores_is_refused_wherever_it_is(place: str) -> None:
+    class Stores(nn.Module):
+        last: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+            self.memory: dict[str, Tensor] = {}
+            if place == "a buffer":
+                self.register_buffer("last", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.layer(x)
+            if place == "a dictionary":
+                self.memory["last"] = y
+            else:
+                self.last = y.detach().mean()
+            return y
+
+    with pytest.raises(CaptureError, match="stores a tensor in attribute 'last' of Stores"):
+        fxckpt.optimize(Stores(), "1GB", example_inputs=(X,))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the model's own")])
 def test_an_exception_during_capture_leaves_the_model_as_it_was(error: BaseException) -> None:
     model = Raises()
