@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 import fxckpt
 from fxckpt.errors import FxckptError
+from fxckpt.graph import Graph
+from fxckpt.schedule import Schedule, plain
 from tests.models import case, project
 from tests.training import assert_same_bits
 
@@ -147,6 +149,25 @@ def test_loading_a_state_dict_and_going_on_with_an_average_of_the_weights() -> N
             optimizer.step()
             average.update_parameters(model)
         model.load_state_dict(average.module.state_dict())
+
+    each(train)
+
+
+def test_an_average_of_the_weights_in_a_deep_copy_that_goes_on_training() -> None:
+    def train(model: nn.Module) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        average = copy.deepcopy(model)
+        for number in range(4):
+            optimizer.zero_grad()
+            both(model(batch(number))).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for ours, theirs in zip(average.parameters(), model.parameters(), strict=True):
+                    ours.lerp_(theirs, 0.1)
+        average.zero_grad()
+        both(average(batch(9))).backward()
+        for name, parameter in average.named_parameters():
+            model.register_buffer(f"average_{name.replace('.', '_')}", parameter.grad)
 
     each(train)
 
@@ -474,6 +495,27 @@ def test_a_failure_inside_backward_leaves_a_model_that_works() -> None:
     each(train)
 
 
+def test_an_interrupt_while_planning_leaves_a_model_that_works() -> None:
+    _, model = pair()
+    twin = copy.deepcopy(model)
+    interrupted = True
+
+    def solver(graph: Graph, _: int) -> Schedule:
+        if interrupted:
+            raise KeyboardInterrupt
+        return plain(graph)
+
+    optimized = fxckpt.optimize(model, "1GB", solver=solver)
+    with pytest.raises(KeyboardInterrupt):
+        optimized(batch(0))
+    same_state(model, twin)
+    interrupted = False
+    for m in (optimized, twin):
+        torch.manual_seed(1)
+        both(m(batch(0))).backward()
+    same_state(model, twin)
+
+
 def test_two_models_in_two_threads() -> None:
     failures: list[BaseException] = []
 
@@ -511,6 +553,22 @@ def test_nothing_leaks(retain: bool) -> None:
             gc.collect()
             counts.append(live_tensors())
     assert counts[-1] == counts[0]
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_leave_as_many_objects_as_a_hundred() -> None:
+    optimized, _ = pair()
+    optimizer = torch.optim.AdamW(optimized.parameters())
+    counts = []
+    for number in range(1000):
+        optimizer.zero_grad()
+        both(optimized(batch(number))).backward()
+        optimizer.step()
+        if number in (99, 999):
+            gc.collect()
+            counts.append((live_tensors(), len(gc.get_objects())))
+    assert counts[0][0] == counts[1][0]
+    assert counts[1][1] <= counts[0][1] + 10  # the list of counts itself, and what Python caches
 
 
 def test_saved_tensors_go_without_the_garbage_collector() -> None:
