@@ -206,7 +206,9 @@ def test_saving_everything_takes_no_more_than_eager(name: str, gradients: str) -
     subject = case(name)
     eager_bytes = measure_warm(subject.build()[0], subject, gradients)
     model, _ = optimize(subject, "1TB", gradients, solver="save_all")
-    assert measure_warm(model, subject, gradients) <= 1.01 * eager_bytes
+    # a convolution's weight gradient is there already when its input's is computed, which may need more workspace
+    most_ratio = 1.02 if gradients == "fresh" else 1.01
+    assert measure_warm(model, subject, gradients) <= most_ratio * eager_bytes
 
 
 @pytest.mark.slow
