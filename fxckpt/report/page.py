@@ -15,6 +15,7 @@ from typing import Any
 from fxckpt.errors import FxckptError
 from fxckpt.plans import Plan
 from fxckpt.report import rows, table
+from fxckpt.report.advice import closing_text
 from fxckpt.report.palette import KIND_COLOURS
 from fxckpt.report.sampling import ticks
 from fxckpt.simulate import PEAK_KINDS, Timeline
@@ -52,6 +53,7 @@ def _data(plan: Plan) -> dict[str, Any]:
     headers, figures = table.figures(plan)
     found = rows.rows(plan, fold=True)
     return {
+        "advice": closing_text(plan),
         "facts": table.facts(plan),
         "figures": [headers, *figures],
         "budget_bytes": plan.budget_bytes,
@@ -66,6 +68,7 @@ def _data(plan: Plan) -> dict[str, Any]:
         "columns": table.COLUMNS,
         "rows": [table.cells(plan.graph, row) for row in found],
         "row_keys": [_keys(row) for row in found],
+        "row_storages": [row.storages for row in found],
         **_curve(timeline),
         **_wiring(timeline),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,7 +21,9 @@ from fxckpt.errors import FxckptError
 from fxckpt.graph import Graph, Storage
 from fxckpt.plans import Plan
 from fxckpt.report import rows, table
+from fxckpt.report.advice import closing_text
 from fxckpt.report.page import page
+from fxckpt.report.palette import KIND_COLOURS
 from fxckpt.report.sampling import columns
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import PEAK_KINDS
@@ -122,7 +125,7 @@ def test_at_every_step_the_page_shows_what_is_alive(shown: Page, tmp_path: Path)
         assert f"{op.target} ({op.name})" in facts
         assert op.module in facts
         assert op.source in facts
-        assert ("run 2 of 2: steps" in facts) == (step in (5, 6))
+        assert ("run 2 of 2: steps" in facts) == ("runs again" in shown.text("#now h2")) == (step in (5, 6))
         shown.press(Keys.ARROW_RIGHT)
     assert shown.step() == 9
 
@@ -182,14 +185,42 @@ def test_the_table_is_that_of_print_plan_and_sorts(shown: Page, tmp_path: Path) 
 
     def cells() -> list[list[str]]:
         found = shown.find("#tensors tbody tr")
-        return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "td")] for row in found]
+        return [[cell.text for cell in row.find_elements(By.CSS_SELECTOR, "td[data-of]")] for row in found]
 
     assert cells() == [table.cells(plan.graph, row) for row in rows.rows(plan, fold=True)]
     column = table.COLUMNS.index("bytes")
     for _, order in ((0, [40, 20, 10, 1]), (1, [1, 10, 20, 40])):
         shown.find("#tensors th button")[column].send_keys(Keys.ENTER)
         assert [row[column] for row in cells()] == [format_bytes(size) for size in order]
-    assert shown.find("#tensors th")[column].get_attribute("aria-sort") == "ascending"
+    assert shown.find("#tensors th[aria-sort]")[column].get_attribute("aria-sort") == "ascending"
+
+
+@needs_chromium
+def test_strips_show_when_tensors_are_in_memory(shown: Page, tmp_path: Path) -> None:
+    plan, timeline = make_plan(), make_plan().timeline
+    shown.open(plan, tmp_path / "plan.html")
+    shown.find("input[value=steps]")[0].click()
+    for row, strip in zip(rows.rows(plan, fold=True), shown.find("#tensors .lane svg"), strict=True):
+        lives = [(life, kind) for life, kind in zip(timeline.lifetimes, timeline.kinds, strict=True)]
+        wanted = {
+            (KIND_COLOURS[kind], 100 * life.born, 100 * (life.dies + 1))
+            for life, kind in lives
+            if life.storage in row.storages
+        }
+        drawn = set()
+        for path in strip.find_elements(By.CSS_SELECTOR, "path"):
+            bars = re.findall(r"M([\d.]+) 0H([\d.]+)", path.get_attribute("d") or "")
+            drawn |= {(path.get_attribute("fill"), float(left), float(right)) for left, right in bars}
+        assert drawn == wanted
+    shown.press(Keys.HOME)
+    assert shown.script("return document.body.style.getPropertyValue('--cursor')") == "5%"
+
+
+@needs_chromium
+def test_the_page_begins_with_the_advice_that_ends_the_text(shown: Page, tmp_path: Path) -> None:
+    shown.open(make_plan(), tmp_path / "plan.html")
+    assert shown.text("#advice") == closing_text(make_plan())
+    assert shown.text("#advice") in " ".join(table.plan_text(make_plan()).split())
 
 
 @needs_chromium
