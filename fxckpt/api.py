@@ -151,6 +151,7 @@ def max_batch(
     model_fn: Callable[[int], tuple[nn.Module, Any]],
     memory_budget: str | int,
     *,
+    max_overhead: float | None = None,
     least: int = 1,
     most: int = 2**20,
     gradients: Gradients = "auto",
@@ -163,6 +164,8 @@ def max_batch(
         model_fn: takes a batch size and returns (model, inputs): a tuple of arguments, a dict of keyword arguments, or
             a pair of both. On the meta device it takes no memory: wrap its body in `with torch.device("meta")`.
         memory_budget: a size such as "8GB", or bytes.
+        max_overhead: the most time that recomputing may add to the plain step of the same batch: 0.2 means 20 %. By
+            default the batch is the largest at any price, which can be high.
         least, most: bounds on the batch size.
         gradients: as for `plan`.
         progress: whether to show on stderr how far it is.
@@ -172,6 +175,10 @@ def max_batch(
         BudgetError, CaptureError, SolverError: as `optimize`.
         InfeasibleBudgetError: not even the least batch fits.
     """
+    if max_overhead is not None and not max_overhead >= 0:
+        raise BudgetError(
+            f"max_overhead is a fraction of the plain step's time, such as 0.2 for 20 %, not {max_overhead!r}"
+        )
     if isinstance(memory_budget, float) or not 0 < least <= most:
         raise BudgetError(
             'the largest batch is sought for a size such as "8GB" or a number of bytes, from `least` (1 or more) to '
@@ -192,6 +199,7 @@ def max_batch(
         least=least,
         most=most,
         cost_model=request.cost_model,
+        max_overhead=max_overhead,
         progress=progress,
     )
 

@@ -6,10 +6,12 @@ from collections.abc import Callable
 
 import pytest
 
-from fxckpt.batch import largest_batch
+from fxckpt.batch import MaxBatch, largest_batch
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
-from fxckpt.solvers import lowest
+from fxckpt.schedule import plain
+from fxckpt.simulate import simulate
+from fxckpt.solvers import lowest, solve
 from tests.strategies import chain
 
 Growth = Callable[[int], int]
@@ -52,6 +54,52 @@ def test_the_largest_batch_is_found(growth: Growth, right: int) -> None:
     assert len(set(sizes)) == len(sizes) <= 20  # bisection of 1 to 1000 alone would take 10
     assert growth is not GROWTHS["even"] or len(sizes) <= 8
     assert f"a batch of {found.batch_size} fits" in str(found)
+
+
+def overhead(graph: Graph, budget_bytes: int) -> float:
+    """What the fastest step in a budget adds to the plain step's time."""
+    timeline = solve(graph, budget_bytes, "dp", effort="fast").timeline
+    return timeline.recompute_us / simulate(graph, plain(graph)).step_us
+
+
+@pytest.mark.parametrize(("right", "max_overhead"), [(37, 0.0), (37, 0.2), (37, 0.5), (150, 0.1)])
+def test_the_largest_batch_at_a_price_is_found(right: int, max_overhead: float) -> None:
+    def search(**bound: float) -> MaxBatch:
+        options = {"effort": "fast"}
+        return largest_batch(
+            deep, budget_bytes, "dp", options, least=1, most=1000, cost_model="hand", progress=False, **bound
+        )
+
+    def deep(batch: int) -> Graph:
+        return chain((10 * batch,) * 12, weight_bytes=10, last_bytes=batch)
+
+    budget_bytes = (simulate(deep(right), plain(deep(right))).peak_bytes + floor_bytes(deep(right))) // 2
+    found, at_any_price = search(max_overhead=max_overhead), search()
+    plan = found.plan
+    assert plan.predicted.peak_bytes <= budget_bytes
+    assert plan.predicted.recompute_us <= max_overhead * plan.baseline.step_us
+    assert overhead(deep(found.batch_size + 1), budget_bytes) > max_overhead
+    assert found.batch_size < at_any_price.batch_size
+    if not max_overhead:
+        assert simulate(deep(found.batch_size), plain(deep(found.batch_size))).peak_bytes <= budget_bytes
+    assert len(found.tries) <= (8 if max_overhead <= 0.2 else 20)
+
+
+def test_not_even_the_least_fits_at_a_price() -> None:
+    least_bytes = simulate(step(4), plain(step(4))).peak_bytes
+    with pytest.raises(InfeasibleBudgetError, match=r"if recomputing may add 0.0% .* allow a larger max_overhead"):
+        largest_batch(
+            step,
+            floor_bytes(step(4)),
+            "dp",
+            {"effort": "fast"},
+            least=4,
+            most=9,
+            cost_model="hand",
+            max_overhead=0.0,
+            progress=False,
+        )
+    assert least_bytes > floor_bytes(step(4))
 
 
 def test_bounds_are_kept() -> None:

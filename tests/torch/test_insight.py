@@ -116,12 +116,24 @@ def test_the_largest_batch_of_a_model_on_the_meta_device(capsys: pytest.CaptureF
     model, inputs = build(found.batch_size + 1)
     with pytest.raises(InfeasibleBudgetError):
         fxckpt.plan(model, "200KB", example_kwargs=inputs, **how)
+    affordable = fxckpt.max_batch(build, "200KB", max_overhead=0.1, progress=False, **how)
+    assert affordable.batch_size < found.batch_size
+    assert affordable.plan.predicted.recompute_us <= 0.1 * affordable.plan.baseline.step_us
+    model, inputs = build(affordable.batch_size + 1)
+    dearer = fxckpt.plan(model, "200KB", example_kwargs=inputs, **how)
+    assert dearer.predicted.recompute_us > 0.1 * dearer.baseline.step_us
 
 
 @pytest.mark.parametrize(("budget", "bounds"), [(0.5, {}), ("1MB", {"least": 0}), ("1MB", {"least": 5, "most": 4})])
 def test_a_largest_batch_needs_a_size_and_bounds(budget: Any, bounds: dict[str, int]) -> None:
     with pytest.raises(BudgetError, match="the largest batch"):
         fxckpt.max_batch(lambda _: (Net(), (X,)), budget, **bounds)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("max_overhead", [-0.1, float("nan")])
+def test_a_price_below_nothing_is_refused(max_overhead: float) -> None:
+    with pytest.raises(BudgetError, match="max_overhead is a fraction"):
+        fxckpt.max_batch(lambda _: (Net(), (X,)), "1MB", max_overhead=max_overhead)
 
 
 def test_a_benchmark_shows_what_recomputing_does() -> None:
