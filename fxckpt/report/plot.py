@@ -125,9 +125,11 @@ def plot_timeline(plan: Plan, *, axis: Axis = "time") -> tuple[Figure, Axes]:
         live_bytes = plan.timeline.live_bytes_by_kind
         for kind, low, high in _stacked({kind: live_bytes[kind][steps] for kind in KIND_COLOURS}):
             edge = _closed(low), _closed(high)
-            ax.fill_between(edges, *edge, step="post", color=KIND_COLOURS[kind], linewidth=0, label=kind)
+            area = ax.fill_between(edges, *edge, step="post", color=KIND_COLOURS[kind], linewidth=0, label=kind)
+            area.set_antialiased(False)  # else the page shows between areas
         outline = _closed(plan.baseline_timeline.live_bytes[plain_steps])
-        ax.plot(plain_edges, outline, color=TEXT, linewidth=1, drawstyle="steps-post", label="plain model")
+        label = f"plain model, peak {format_bytes(plan.baseline.peak_bytes)}"
+        ax.plot(plain_edges, outline, color=TEXT, linewidth=1, drawstyle="steps-post", label=label)
         highest = max(plan.predicted.peak_bytes, plan.baseline.peak_bytes)
         above = " (above)" if plan.budget_bytes > 1.5 * highest else ""
         label = f"budget {format_bytes(plan.budget_bytes)}{above}"
@@ -176,7 +178,7 @@ def _label_peak(ax: Axes, timeline: Timeline, axis: Axis) -> None:
     x = ticks(timeline, axis)[step]
     on_left = bool(x < ax.get_xlim()[1] / 2)
     place = f"{short_target(op.target)} in {op.module or '(model)'}"
-    ax.plot(x, timeline.peak_bytes, "o", color=VERMILION, markersize=5, label="peak")
+    ax.plot(x, timeline.peak_bytes, "o", color=VERMILION, markersize=5, label="peak of the plan")
     ax.annotate(
         f"peak {format_bytes(timeline.peak_bytes)}\n{printable(place)}",
         (x, timeline.peak_bytes),
@@ -198,6 +200,8 @@ def _label_axes(ax: Axes, timeline: Timeline, axis: Axis) -> None:
         "time of the step by the cost model" if in_time else "ops of the step, in the order in which they run"
     )
     ax.set_ylabel("memory in use")
+    ax.grid(axis="y")
+    ax.set_axisbelow(True)
     bytes_axis(ax, "y")
     backward = begins[timeline.schedule.forward_steps]
     ax.axvline(backward, color=TEXT, linestyle=":", linewidth=1, label="backward starts")

@@ -69,8 +69,8 @@ def test_the_timeline_names_the_peak_and_draws_plain_model_and_budget() -> None:
     assert label == "peak 122 B\nlayer_backward in (model)"
     lines = {str(line.get_label()): line for line in ax.lines}
     peak_us = plan.timeline.start_us[plan.timeline.peak_step]
-    assert np.asarray(lines["peak"].get_xydata()).tolist() == [[peak_us, 122]]
-    outline = np.asarray(lines["plain model"].get_xydata())
+    assert np.asarray(lines["peak of the plan"].get_xydata()).tolist() == [[peak_us, 122]]
+    outline = np.asarray(lines["plain model, peak 139 B"].get_xydata())
     assert outline[:-1, 1].tolist() == plan.baseline_timeline.live_bytes.tolist()
     assert outline[:, 0].tolist() == plan.baseline_timeline.start_us.tolist()
     assert set(np.asarray(lines["budget 130 B"].get_ydata()).tolist()) == {130}
