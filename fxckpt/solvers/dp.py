@@ -47,12 +47,12 @@ class Level:
     over_ratios: tuple[float, ...] = ()
 
 
+_OVER_RATIOS = (0.01, 0.03, 0.06, 0.1, 0.2)
+
 LEVELS: dict[Effort, Level] = {
     "fast": Level((32,), (False,), 48, Fineness(merged=3, choices=8, slots=1500)),
-    "default": Level((32,), (False, True), 80, Fineness(merged=4, choices=16, slots=3000), (0.03, 0.1)),
-    "max": Level(
-        (48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000), (0.01, 0.03, 0.06, 0.1, 0.2)
-    ),
+    "default": Level((32,), (False, True), 80, Fineness(merged=5, choices=16, slots=3000), _OVER_RATIOS),
+    "max": Level((48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000), _OVER_RATIOS),
 }
 _FLOOR_STARTS = 5
 _MOST_STEPS = 20_000
