@@ -63,7 +63,7 @@ class Scale:
     options: dict[str, Any]
 
 
-FULL = Scale(15, 10, (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0), {})
+FULL = Scale(15, 10, (0.0, 0.1, 0.2, 0.4, 0.7, 1.0), {})
 QUICK = Scale(0, 3, (0.1,), {"cost_model": "reference", "effort": "fast"})
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -120,7 +121,7 @@ def write(folder: Path, result: Result, *, runs: int) -> None:
     data = {"machine": machine(runs), **asdict(result)}
     path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
     title = f"# {result.model}: time against peak memory"
-    note = f"{_machine_text(runs)} Floor of fxckpt: {result.floor_bytes / 2**20:.2f} MiB."
+    note = f"{machine_text(machine(runs))} Floor of fxckpt: {result.floor_bytes / 2**20:.2f} MiB."
     path.with_suffix(".md").write_text(f"{title}\n\n{note}\n\n{table(result)}\n")
     if result.plain_step_us is not None:
         draw(path.with_suffix(".svg"), result, result.plain_step_us)
@@ -145,9 +146,37 @@ def _processor() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _machine_text(runs: int) -> str:
-    described = ", ".join(f"{name} {value}" for name, value in machine(runs).items())
-    return f"Measured with {described}."
+def machine_text(machine: Mapping[str, str | int]) -> str:
+    """The same as a sentence."""
+    return f"Measured with {', '.join(f'{name} {value}' for name, value in machine.items())}."
+
+
+def read(path: Path) -> Result:
+    """A result that was written as JSON."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    del data["machine"]
+    rivals = tuple(
+        Rival(_point(r["peer"]), None if r["fxckpt"] is None else _point(r["fxckpt"]), _time(r["time"]))
+        for r in data["rivals"]
+    )
+    return Result(
+        **{
+            **data,
+            "plain": _point(data["plain"]),
+            "baseline": Figures(**data["baseline"]),
+            "fxckpt": tuple(map(_point, data["fxckpt"])),
+            "rivals": rivals,
+        }
+    )
+
+
+def _point(data: dict[str, Any]) -> Point:
+    predicted = None if data["predicted"] is None else Figures(**data["predicted"])
+    return Point(**{**data, "predicted": predicted, "time": _time(data["time"])})
+
+
+def _time(data: dict[str, float] | None) -> Ratio | None:
+    return None if data is None else Ratio(**data)
 
 
 def draw(path: Path, result: Result, step_us: float) -> None:
