@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fxckpt.units import format_bytes
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 MODELS = {
@@ -38,6 +40,21 @@ def test_the_comparison_is_that_of_the_results() -> None:
             round(lowest_bytes / 2**20, 1),
             round(model["floor_bytes"] / 2**20, 1),
         ]
+
+
+def test_the_picture_shows_what_its_caption_says() -> None:
+    found = results("timeline")
+    plain, ours = found["baseline"], found["predicted"]
+    plain_peak, peak = format_bytes(plain["peak_bytes"]), format_bytes(ours["peak_bytes"])
+    adds = f"{100 * ours['recompute_us'] / plain['step_us']:.1f} %"
+    caption = " ".join(README[README.index("![") : README.index("## Try it")].split())
+    assert f"falls from {plain_peak.removesuffix(' MiB')} to {peak}, and recomputing adds {adds}" in caption
+    assert (
+        f"rises to {plain_peak}, the planned step stays below its budget of {format_bytes(found['budget_bytes'])}"
+        in (caption)
+    )
+    assert ours["peak_bytes"] <= found["budget_bytes"] == int(0.4 * plain["peak_bytes"])
+    assert (ROOT / re.findall(r"!\[[^]]*\]\(([^)]*)\)", caption)[0]).is_file()
 
 
 def test_fxckpt_repeats_no_more_at_any_peak_of_the_others() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,16 @@ def shown_by(name: str, *options: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_the_code_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-W", "error", "-c", "".join(blocks)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "recompute" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.html", "plan.gif"}
 
 
 def test_quickstart_shows_a_plan_that_was_measured() -> None:
