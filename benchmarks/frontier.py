@@ -150,7 +150,7 @@ def compete(subject: Subject, scale: Scale, case: Case) -> Result:
     lowest_bytes, highest_bytes = arena.floor_bytes(), arena.plain.peak_bytes
     model = case.build()[0]
     all_peers = list(peers(model, list(subject.paths(model)), subject.is_chain, scale.settings))
-    with tqdm(total=scale.budgets + len(all_peers), desc=subject.name, leave=False) as bar:
+    with tqdm(total=scale.budgets + len(all_peers), desc=subject.name, leave=False, disable=None) as bar:
         points = []
         for number in range(scale.budgets):
             budget_bytes = lowest_bytes + (highest_bytes - lowest_bytes) * number // (scale.budgets - 1)

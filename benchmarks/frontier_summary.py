@@ -26,7 +26,7 @@ LISTED = 3
 
 NAMES = {
     "gpt12": "GPT, 12 layers",
-    "gpt12_dropout": "same, dropout 0.1",
+    "gpt12_dropout": "GPT with dropout",
     "bert6": "BERT, 6 layers",
     "resnet50": "ResNet-50",
     "unet4": "U-Net, 4 levels",
@@ -43,11 +43,11 @@ EVERY_BLOCK = "checkpoint every 1"
 OVERVIEW = (
     "model",
     "plain peak, MiB",
-    "`checkpoint`: MiB",
-    "time",
-    "fxckpt in as much: time",
-    "all others",
-    "median",
+    "`checkpoint` every block, MiB",
+    "its time",
+    "fxckpt's in as much",
+    "peers",
+    "fxckpt over peer, median",
     "worst",
     f"above {TOLERANCE}",
 )
@@ -57,7 +57,7 @@ DETAILS = (
     "time",
     "fxckpt in as much: MiB",
     "time",
-    "over the other's",
+    "over peer's",
     "budget kept",
     "same gradients",
 )
@@ -110,9 +110,10 @@ def _row(result: Result) -> list[str]:
     above[LISTED:] = [f"{len(above) - LISTED} more"] if len(above) > LISTED else []
     worst = f"{ratios[0][0]:.3f}" if ratios else "–"
     median = f"{statistics.median(ratio for ratio, _ in ratios):.3f}" if ratios else "–"
+    named = ", ".join(above) or ("nothing" if ratios else "–")
     name = NAMES.get(result.model, result.model)
     plain_peak = _mib(result.plain.peak_bytes)
-    return [name, plain_peak, *cells, str(len(result.rivals)), median, worst, ", ".join(above) or "nothing"]
+    return [name, plain_peak, *cells, str(len(result.rivals)), median, worst, named]
 
 
 def details(result: Result) -> str:

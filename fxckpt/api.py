@@ -10,11 +10,11 @@ from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
 import torch
 from torch import fx, nn
 
-from fxckpt.arguments import split_inputs
+from fxckpt.arguments import split_result
 from fxckpt.batch import MaxBatch, largest_batch
 from fxckpt.comparison import Comparison, compare
 from fxckpt.compile import Compiled, make_plan, profile_step
-from fxckpt.errors import BudgetError, FxckptError
+from fxckpt.errors import BudgetError, CaptureError, FxckptError
 from fxckpt.graph import Graph
 from fxckpt.measurement import Measurement, TrainingStep, measure_step
 from fxckpt.optimized import plain_model, planner_of, stand_in
@@ -72,7 +72,7 @@ def optimize(
     """
     if plan is not None and memory_budget is None:
         memory_budget = plan.budget_bytes
-    result = stand_in(model, read_options(memory_budget, options, plan=plan, verify=verify))
+    result = stand_in(_module(model), read_options(memory_budget, options, plan=plan, verify=verify))
     planner = planner_of(result)
     assert planner is not None
     if example_inputs is not None or example_kwargs is not None:
@@ -127,16 +127,17 @@ def pareto(
 
 def advise(
     model: nn.Module,
+    memory_budget: str | int | float | None = None,
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    budget: str | int | float | None = None,
     gradients: Gradients = "auto",
     **options: Unpack[PlanOptions],
 ) -> Advice:
     """Is checkpointing worth it here? What fills the memory, what saving it costs in time, and what else would help.
 
-    Arguments are those of `plan`, but the budget may be left out. Print the result, or read its fields.
+    Arguments are those of `plan`, but without a budget the advice is about the whole curve. Print the result, or read
+    its fields.
 
     Raises:
         BudgetError, CaptureError, SolverError: as `optimize`.
@@ -144,7 +145,9 @@ def advise(
     found = pareto(model, example_inputs=example_inputs, example_kwargs=example_kwargs, gradients=gradients, **options)
     optimizer = options.get("optimizer")
     optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer)
-    return Advice(found, optimizer_bytes, None if budget is None else within(budget, found.baseline.peak_bytes))
+    return Advice(
+        found, optimizer_bytes, None if memory_budget is None else within(memory_budget, found.baseline.peak_bytes)
+    )
 
 
 def max_batch(
@@ -175,7 +178,7 @@ def max_batch(
         BudgetError, CaptureError, SolverError: as `optimize`.
         InfeasibleBudgetError: not even the least batch fits.
     """
-    if max_overhead is not None and not max_overhead >= 0:
+    if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and max_overhead >= 0):
         raise BudgetError(
             f"max_overhead is a fraction of the plain step's time, such as 0.2 for 20 %, not {max_overhead!r}"
         )
@@ -187,8 +190,7 @@ def max_batch(
     request = _plan_only(memory_budget, options)
 
     def graph_of(batch_size: int) -> Graph:
-        model, inputs = model_fn(batch_size)
-        args, kwargs = split_inputs(inputs, f"model_fn({batch_size})")
+        model, args, kwargs = split_result(model_fn(batch_size), f"model_fn({batch_size})")
         return _profile(model, args, kwargs, request, gradients).graph
 
     return largest_batch(
@@ -325,19 +327,30 @@ def _profile(
     gradients: Gradients,
 ) -> Profile:
     """Capture the plain model's step."""
-    plain = plain_model(model)
+    plain = plain_model(_module(model))
     if gradients not in ("auto", "fresh", "allocated"):
         raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {gradients!r}')
     allocated = watch(plain).gradients_allocated() if gradients == "auto" else gradients == "allocated"
-    with torch.enable_grad():
-        return profile_step(
-            plain,
-            _arguments(example_inputs),
-            dict(example_kwargs or {}),
-            options,
-            forward=plain.forward,
-            gradients_allocated=allocated,
-        )
+    try:
+        with torch.enable_grad():
+            return profile_step(
+                plain,
+                _arguments(example_inputs),
+                dict(example_kwargs or {}),
+                options,
+                forward=plain.forward,
+                gradients_allocated=allocated,
+            )
+    except CaptureError as error:
+        if example_inputs is None and example_kwargs is None:
+            raise CaptureError(f"{error}. It was called without arguments: give example_inputs=(x,)") from error
+        raise
+
+
+def _module(model: Model) -> Model:
+    if not isinstance(model, nn.Module):
+        raise FxckptError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
+    return model
 
 
 def _arguments(example_inputs: Sequence[Any] | None) -> tuple[Any, ...]:

@@ -72,23 +72,22 @@ def load_model(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise FxckptError(f"module {module_name!r} has no function {function_name!r}")
-    result = function()
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise FxckptError(f"{text} must return (model, inputs), but it returned {type(result).__name__}")
-    args, kwargs = split_inputs(result[1], text)
-    return result[0], args, kwargs
+    return split_result(function(), text)
 
 
-def split_inputs(inputs: Any, text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from the inputs that the function `text` returned.
+def split_result(result: Any, text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """Model, positional and keyword arguments from the (model, inputs) that the function `text` returned.
 
     Raises:
-        FxckptError: they are none of what `INPUTS` says.
+        FxckptError: it is something else, or the inputs are none of what `INPUTS` says.
     """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise FxckptError(f"{text} must return (model, inputs), but it returned {type(result).__name__}")
+    model, inputs = result
     if isinstance(inputs, dict):
-        return (), inputs
+        return model, (), inputs
     if isinstance(inputs, tuple):
         if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
-            return inputs[0], inputs[1]
-        return inputs, {}
+            return model, inputs[0], inputs[1]
+        return model, inputs, {}
     raise FxckptError(f"{text} must return (model, inputs), where inputs is {INPUTS}; it is {type(inputs).__name__}")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fxckpt import __version__
 from fxckpt.arguments import INPUTS, load_model, read_budget, read_option
 from fxckpt.errors import FxckptError, PlanFormatError
 from fxckpt.plans import Plan
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fxckpt",
         description="Train a PyTorch model inside a budget of memory: same gradients, least recomputation.",
     )
+    parser.add_argument("--version", action="version", version=f"fxckpt {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="train a small GPT, plain and inside 40 %% of its memory, and compare")
@@ -66,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         help="whether .grad is empty or filled before the step (default: %(default)s)",
     )
     plan.add_argument("--output", type=Path, metavar="PLAN.JSON", help="write the plan to this file")
-    plan.add_argument("--all", action="store_true", help="print every row of the table")
+    _add_outputs(plan)
     plan.set_defaults(command=_plan)
 
     bench = commands.add_parser("bench", help="optimize a model of yours and run it against the plain one")
@@ -77,12 +79,17 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = commands.add_parser("explain", help="print a plan that was written to a file")
     explain.add_argument("file", type=Path, metavar="PLAN.JSON")
-    explain.add_argument("--all", action="store_true", help="print every row of the table")
-    explain.add_argument("--html", type=Path, metavar="PLAN.HTML", help="write a page with a timeline to point at")
-    explain.add_argument("--timeline", type=Path, metavar="PLAN.SVG", help="write the timeline as SVG, PNG or PDF")
-    explain.add_argument("--animate", type=Path, metavar="PLAN.GIF", help="write a film of the step")
+    _add_outputs(explain)
     explain.set_defaults(command=_explain)
     return parser
+
+
+def _add_outputs(command: argparse.ArgumentParser) -> None:
+    """The arguments that say how to show a plan."""
+    command.add_argument("--all", action="store_true", help="print every row of the table")
+    command.add_argument("--html", type=Path, metavar="PLAN.HTML", help="write a page with a timeline to point at")
+    command.add_argument("--timeline", type=Path, metavar="PLAN.SVG", help="write the timeline as SVG, PNG or PDF")
+    command.add_argument("--animate", type=Path, metavar="PLAN.GIF", help="write a film of the step")
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -141,6 +148,7 @@ def _plan(options: argparse.Namespace) -> int:
     if options.output is not None:
         _write(options.output, found.to_json())
         print(f"\nwritten to {options.output}")
+    _draw(found, options)
     return 0
 
 
@@ -156,22 +164,29 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _explain(options: argparse.Namespace) -> int:
-    plan = Plan.from_json(_read(options.file))
+    try:
+        plan = Plan.from_json(_read(options.file))
+    except PlanFormatError as error:
+        raise PlanFormatError(f"can't read {options.file}: {error}") from error
     print(plan_text(plan, all=options.all), end="")
+    _draw(plan, options)
+    return 0
+
+
+def _draw(plan: Plan, options: argparse.Namespace) -> None:
     if options.html is not None:
         plan.save_html(options.html)
     if options.timeline is not None:
         save_timeline(plan, options.timeline)
     if options.animate is not None:
         plan.animate(options.animate)
-    return 0
 
 
 def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise PlanFormatError(f"{file} is not a plan written by fxckpt: it is not text") from error
+        raise PlanFormatError("it is not text") from error
     except OSError as error:
         raise FxckptError(f"can't read {file}: {error.strerror}") from error
 

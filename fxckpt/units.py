@@ -37,6 +37,7 @@ def parse_bytes(text: str) -> int:
         raise BudgetError(
             f"can't read {text!r} as a size: write a number and one of B, KB, MB, GB, TB, KiB, MiB, GiB, TiB, "
             'such as "8GB" or "500MiB"'
+            + ("; for a fraction of the plain peak a float, such as 0.4" if "%" in text else "")
         )
     whole, _, fraction = match[1].partition(".")
     size_bytes = int(whole + fraction or "0") * factor // int(10 ** len(fraction))

@@ -45,7 +45,7 @@ TORCH_SIDE: dict[str, tuple[str, ...]] = {
     "diagnosis": ("compile", "runtime", *STEPS),
     "equivalence": ("diagnosis", "compile", "signature", "runtime", *STEPS),
     "optimized": ("options", "equivalence", "compile", "signature", "runtime", *STEPS),
-    "batch": (),
+    "batch": ("report",),
     "api": (
         "arguments",
         "batch",

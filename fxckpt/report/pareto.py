@@ -135,6 +135,12 @@ class Pareto:
             self.points, baseline=self.baseline, budget_bytes=budget_bytes, measured=measured, peers=peers
         )
 
+    def __repr__(self) -> str:
+        points = ", ".join(f"({p.peak_bytes}, {p.step_us:.1f})" for p in (self.points[0], self.points[-1]))
+        return (
+            f"Pareto(solver={self.solver!r}, plans={len(self.schedules)}, from and to (peak_bytes, step_us)={points})"
+        )
+
     def __str__(self) -> str:
         knee, baseline = self.knee(), self.baseline
         plans = self.plans[:: -(-len(self.plans) // _SHOWN)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fxckpt import __version__
 from fxckpt.cli import main
 from fxckpt.graph import Graph, Op, Storage
 from fxckpt.plans import Plan
@@ -80,7 +81,7 @@ def test_pictures_that_cannot_be_written_are_refused(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "can't read"),
+        (None, "No such file"),
         (b"\xff\xfe\x00", "not text"),
         (b"{", "not JSON"),
         (b"[]", "not a plan"),
@@ -96,8 +97,14 @@ def test_what_is_no_plan_is_refused(
     assert main(["explain", str(file)]) == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("fxckpt: ")
+    assert shown.err.startswith(f"fxckpt: can't read {file}: ")
     assert message in shown.err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"fxckpt {__version__}\n")
 
 
 def test_a_reader_that_leaves_early_is_no_error(plan: Plan, tmp_path: Path) -> None:

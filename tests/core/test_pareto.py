@@ -92,6 +92,8 @@ def test_json_and_text_have_the_figures(found: Pareto) -> None:
     assert lines[-1].rstrip().endswith("plain")
     assert any("knee" in line for line in lines)
     assert len(lines) <= 25
+    assert repr(found).startswith(f"Pareto(solver='dp', plans={len(found.plans)}, from")
+    assert len(repr(found)) < 200
 
 
 @pytest.mark.parametrize("solver", ["uniform", "sqrt", "selective", "save_all"])

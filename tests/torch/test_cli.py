@@ -12,6 +12,7 @@ import pytest
 from fxckpt.cli import main
 from fxckpt.measurement import Measurement
 from fxckpt.plans import Plan
+from fxckpt.report.page import page
 
 SOURCE = """
 import torch
@@ -63,7 +64,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("function", ["build", "build_with_names", "build_with_both", "build_meta"])
 def test_plan_prints_and_writes_a_plan(function: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", f"users_model:{function}", "--memory-budget", "80%", "--cost-model", "estimate"]
-    assert main([*command, "--output", "plan.json"]) == 0
+    assert main([*command, "--output", "plan.json", "--html", "plan.html"]) == 0
     shown = capsys.readouterr().out
     assert "users_model.py:" in shown
     assert "layers.{0-" in shown
@@ -72,6 +73,7 @@ def test_plan_prints_and_writes_a_plan(function: str, folder: Path, capsys: pyte
     assert plan.predicted.peak_bytes <= plan.budget_bytes < plan.baseline.peak_bytes
     assert main(["explain", "plan.json"]) == 0
     assert shown.startswith(capsys.readouterr().out)
+    assert (folder / "plan.html").read_text(encoding="utf-8") == page(plan)
 
 
 def test_plan_takes_a_solver_and_the_state_of_gradients(capsys: pytest.CaptureFixture[str]) -> None:

@@ -91,7 +91,9 @@ def test_what_failed_is_told() -> None:
 
 def test_results_without_times_say_nothing_about_them() -> None:
     untimed = result("gpt12", *(replace(r, time=None) for r in GPT.rivals))
-    assert "worst case" not in overview([untimed], "")
+    text = overview([untimed], "")
+    assert "worst case" not in text
+    assert "nothing" not in text
 
 
 def test_models_stand_in_the_usual_order(tmp_path: Path) -> None:

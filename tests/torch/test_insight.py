@@ -16,7 +16,7 @@ import fxckpt
 from fxckpt.api import plan_of
 from fxckpt.cli import main
 from fxckpt.comparison import Ratio, compare, flops_of, gradients_of, largest_difference
-from fxckpt.errors import BudgetError, FxckptError, InfeasibleBudgetError, SolverError
+from fxckpt.errors import BudgetError, CaptureError, FxckptError, InfeasibleBudgetError, SolverError
 from fxckpt.measurement import TrainingStep, timed_in_turn
 
 X = torch.randn(64, 32)
@@ -100,7 +100,7 @@ def test_advice_counts_the_optimizer() -> None:
     without = fxckpt.advise(model, **how)
     assert with_state.optimizer_bytes > 2 * 4 * sum(p.numel() for p in model.parameters())
     assert with_state.baseline.peak_bytes == without.baseline.peak_bytes + with_state.optimizer_bytes
-    assert fxckpt.advise(model, budget=1.0, **how).verdict == "unnecessary"
+    assert fxckpt.advise(model, 1.0, **how).verdict == "unnecessary"
 
 
 def test_the_largest_batch_of_a_model_on_the_meta_device(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,10 +130,31 @@ def test_a_largest_batch_needs_a_size_and_bounds(budget: Any, bounds: dict[str, 
         fxckpt.max_batch(lambda _: (Net(), (X,)), budget, **bounds)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("max_overhead", [-0.1, float("nan")])
-def test_a_price_below_nothing_is_refused(max_overhead: float) -> None:
+@pytest.mark.parametrize("max_overhead", [-0.1, float("nan"), "20%"])
+def test_a_price_below_nothing_is_refused(max_overhead: Any) -> None:
     with pytest.raises(BudgetError, match="max_overhead is a fraction"):
         fxckpt.max_batch(lambda _: (Net(), (X,)), "1MB", max_overhead=max_overhead)
+
+
+@pytest.mark.parametrize("function", [fxckpt.optimize, fxckpt.plan, fxckpt.advise])
+@pytest.mark.parametrize("model", [3, torch.relu])
+def test_what_is_no_module_is_refused(function: Any, model: Any) -> None:
+    with pytest.raises(FxckptError, match=r"must be a torch.nn.Module, not (int|builtin)"):
+        function(model, "1GB", example_inputs=(X,))
+
+
+def test_forgotten_inputs_are_asked_for() -> None:
+    with pytest.raises(CaptureError, match=r"missing 1 required .* give example_inputs"):
+        fxckpt.plan(Net(), "1GB")
+    with pytest.raises(CaptureError) as caught:
+        fxckpt.plan(Net(), "1GB", example_kwargs={"y": X})
+    assert "give example_inputs" not in str(caught.value)
+
+
+@pytest.mark.parametrize("result", [Net(), (Net(),), (Net(), X)])
+def test_a_function_of_the_batch_returns_model_and_inputs(result: Any) -> None:
+    with pytest.raises(FxckptError, match=r"model_fn\(1\) must return \(model, inputs\)"):
+        fxckpt.max_batch(lambda _: result, "1MB", progress=False)
 
 
 def test_a_benchmark_shows_what_recomputing_does() -> None:
