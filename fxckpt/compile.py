@@ -76,6 +76,7 @@ def cost_model(options: Options, joint: JointGraph) -> CostModel:
     if not on_device:
         return estimate
     nodes = working_nodes(joint)
+    measure.measure_private(nodes)
     with measure.cost_file(options.cost_cache, nodes):
         measure.measure_workspaces(nodes)
         if name != "measure":

@@ -24,7 +24,7 @@ from fxckpt.options import Options
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime import Program, Tangents, run_forward
-from fxckpt.signature import Signature, watch
+from fxckpt.signature import Ambient, Signature, watch
 
 _SLOT = "_fxckpt"
 
@@ -99,6 +99,8 @@ def _stand_in_class(kind: Any) -> type[nn.Module]:
 class _Entry:
     """All that is known for one input signature: what to run now, and captures and backwards from other outputs."""
 
+    signature: Signature
+    ambient: Ambient
     expected: Compiled
     gradients_allocated: bool
     captured: dict[Tangents, Compiled]
@@ -181,7 +183,7 @@ class Planner:
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
         compiled = self._compile(profile, self.options)
-        entry = _Entry(compiled, allocated, {compiled.program.tangents: compiled})
+        entry = _Entry(signature, Ambient.now(), compiled, allocated, {compiled.program.tangents: compiled})
         if self.options.verify:
             self._verify(entry, args, kwargs)
         return entry
@@ -244,7 +246,12 @@ class Planner:
             options = replace(options, plan=None, budget=options.plan.budget_bytes)
         outputs = ran.profile.joint.roles.outputs
         numbered = {outputs[index].tangent_number: stride for index, stride in present}
-        with torch.enable_grad():
+        with entry.ambient.restored(), torch.enable_grad():
+            if self._watch.changed() or self._watch.signature(*take_apart((tuple(args), kwargs))) != entry.signature:
+                raise RuntimeContractError(
+                    "backward started from other outputs than expected, and the model was changed since forward (its "
+                    "mode, what requires grad, hooks, types). Run forward again, or change the model after backward"
+                )
             profile = profile_step(
                 self.plain,
                 args,

@@ -12,6 +12,7 @@ Besides `fxckpt.capture.joint` this is the only module that relies on torch's pr
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
 from fxckpt.rewrite.split import Emitted
+
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 Tangents = frozenset[tuple[int, tuple[int, ...]]]
 """What backward starts from: indices into `Roles.outputs`, and the layouts of their tangents."""
@@ -87,8 +90,15 @@ def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[tor
 
 @contextlib.contextmanager
 def plain_execution() -> Iterator[None]:
-    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already."""
-    with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
+
+    Nor does autograd note which values are views of others: a view that is returned would change as its base does.
+    """
+    with (
+        torch._C._DisableAutocast(),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
+    ):
         yield
 
 
@@ -182,11 +192,32 @@ class _Step:
             self._running = None
         gradients = tuple(finished)
         finished.clear()
+        for leaf, gradient in zip(self._program.emitted.stages[index].inputs, gradients, strict=True):
+            if gradient is None:
+                _spare_hooks(self._given[leaf])
         return gradients
 
     def stage_count(self) -> int:
         """How many stages backward has."""
         return len(self._program.emitted.stages)
+
+
+def _spare_hooks(tensor: torch.Tensor) -> None:
+    """Until backward ends, don't call the tensor's hooks without a gradient: the engine would, and eager does not."""
+    hooks = tensor._backward_hooks
+    if not hooks:
+        return
+    before = dict(hooks)
+    hooks.update({key: functools.partial(_if_there, hook) for key, hook in before.items()})
+
+    def put_back() -> None:
+        hooks.update({key: hook for key, hook in before.items() if key in hooks})
+
+    torch.autograd.Variable._execution_engine.queue_callback(put_back)
+
+
+def _if_there(hook: Callable[[torch.Tensor], Any], gradient: torch.Tensor | None) -> Any:
+    return None if gradient is None else hook(gradient)
 
 
 class _Head(torch.autograd.Function):

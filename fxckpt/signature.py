@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class Watch:
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
             tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in self.modules[1:]]),
             self.hooked_parameters(),
-            _ambient(),
+            Ambient.now(),
         )
 
     def hooked_parameters(self) -> frozenset[str]:
@@ -147,7 +148,40 @@ def _repeated(tensors: list[torch.Tensor]) -> tuple[int, ...]:
     return tuple([first.setdefault(id(t), i) for i, t in enumerate(tensors)])
 
 
-def _ambient() -> tuple[Any, ...]:
-    """Global state that changes which ops a model runs."""
-    casts = tuple((kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind))
-    return casts, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+@dataclass(frozen=True)
+class Ambient:
+    """Global state that changes which ops a model runs.
+
+    Attributes:
+        casts: for each kind of device whether autocast is on, and to what type.
+        default_dtype: type of new tensors.
+        deterministic: whether ops must be deterministic.
+    """
+
+    casts: tuple[tuple[str, bool, torch.dtype], ...]
+    default_dtype: torch.dtype
+    deterministic: bool
+
+    @classmethod
+    def now(cls) -> Ambient:
+        """The present state."""
+        kinds = ("cpu", "cuda")
+        casts = tuple([(k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds])
+        return cls(casts, torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """This state, in which a model ran once, for a while."""
+        default_dtype = torch.get_default_dtype()
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        with contextlib.ExitStack() as stack:
+            for kind, enabled, dtype in self.casts:
+                stack.enter_context(torch.autocast(kind, dtype if enabled else None, enabled))
+            try:
+                torch.set_default_dtype(self.default_dtype)
+                torch.use_deterministic_algorithms(self.deterministic, warn_only=warn_only)
+                yield
+            finally:
+                torch.set_default_dtype(default_dtype)
+                torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -27,7 +27,7 @@ from fxckpt.capture.checkpointed import checkpointing_bypassed
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.failure import explain
 from fxckpt.capture.kernels import own_kernels
-from fxckpt.capture.layout import LAID_OUT, layout_of
+from fxckpt.capture.layout import LAID_OUT
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
@@ -183,18 +183,19 @@ def _backward_from(traced: _Traced, tangents: Mapping[int, tuple[int, ...]] | No
             return original(outputs, inputs, grad_outputs, **options)
         chosen = _likely_differentiated(traced.outputs, outputs) if tangents is None else tangents
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
-        grad_outputs = [_as_given(t, i, tangents or {}) for i, t in enumerate(grad_outputs) if i in chosen]
+        grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
         return original(outputs, inputs, grad_outputs, **options)
 
     with mock.patch("torch.autograd.grad", grad):
         yield
 
 
-def _as_given(tangent: torch.Tensor, number: int, tangents: Mapping[int, tuple[int, ...]]) -> torch.Tensor:
-    stride = tangents.get(number, tangent.stride())
-    if layout_of(tangent) == layout_of(tangent.new_empty_strided(tangent.shape, stride)):
-        return tangent
-    return LAID_OUT(tangent, stride)  # type: ignore[no-any-return]
+def _as_given(tangent: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:
+    """The tangent in the layout that it will arrive in, and in memory of its own.
+
+    As AOTAutograd makes them up, tangents of views share the memory of what is viewed.
+    """
+    return LAID_OUT(tangent, tangent.stride() if stride is None else stride)  # type: ignore[no-any-return]
 
 
 def _likely_differentiated(structure: Structure | None, outputs: Sequence[torch.Tensor]) -> frozenset[int]:

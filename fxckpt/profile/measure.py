@@ -20,17 +20,23 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxckpt.memory import allocation_changes, peak_allocated_bytes
-from fxckpt.profile import cost_cache
+from fxckpt.profile import cost_cache, private
 from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
 
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 5, 20, 10_000.0
 _MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations
 
-_OPAQUE_INPUTS = ("_rnn_layer", "_cudnn_rnn", "_miopen_rnn")
-"""Ops that take a buffer in a private format from another op: made-up contents crash them."""
-
 _WORKSPACE_BYTES: dict[tuple[str, int], int] = {}
 _TIME_US: dict[tuple[str, int], float] = {}
+
+
+def measure_private(nodes: Iterable[fx.Node]) -> None:
+    """Find the sizes of buffers in a private format, and correct what was traced."""
+    with torch.no_grad(), torch.random.fork_rng():
+        for recurrent in {n for node in nodes for source in node.all_input_nodes if (n := private.producer(source))}:
+            call = _Call.of(recurrent)
+            if call is not None:
+                private.correct_sizes(recurrent, call.run())
 
 
 def measure_workspaces(nodes: Iterable[fx.Node]) -> None:
@@ -109,11 +115,16 @@ class _Call:
     @classmethod
     def of(cls, node: fx.Node) -> _Call | None:
         """The call of a node, or None if it can't be made up."""
-        if any(name in str(node.target) for name in _OPAQUE_INPUTS):
-            return None
         made: dict[fx.Node, Any] = {}
         for source in node.all_input_nodes:
-            made[source] = pytree.tree_map_only(torch.Tensor, _tensor_like, source.meta["val"])
+            recurrent = private.producer(source)
+            if recurrent is not None:
+                call = cls.of(recurrent)
+                if call is None:
+                    return None
+                made[source] = call.run()[source.args[1]]
+            else:
+                made[source] = pytree.tree_map_only(torch.Tensor, _tensor_like, source.meta["val"])
         args, kwargs = pytree.tree_map_only(fx.Node, made.get, (node.args, node.kwargs))
         call = cls(node.target, args, kwargs)
         try:

@@ -33,7 +33,9 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
     states: dict[fx.Node, int] = {}
     for source in ran.saved:
         if "fxckpt_node" in source.meta:
-            saved[source] = _counterpart(source.meta["fxckpt_node"], nodes)
+            counterpart = _counterpart(source.meta["fxckpt_node"], nodes)
+            if counterpart is not None:
+                saved[source] = counterpart
         elif source.meta["fxckpt_replay"] in replayed:
             states[source] = replayed[source.meta["fxckpt_replay"]]
     schedule = _schedule(second, frozenset(saved.values()))
@@ -54,9 +56,10 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
     return replace(ran, backward=backward, given=given, tangents=writer.tangents)
 
 
-def _counterpart(node: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node:
+def _counterpart(node: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node | None:
+    """The same forward node in the other capture; None if nobody reads it there."""
     found = nodes.get(node.name)
-    if found is None or found.target != node.target:
+    if found is not None and found.target != node.target:
         raise RuntimeContractError(
             "backward started from other outputs than expected, and capturing the model again gave another forward: "
             "it is not the same each time. Make it deterministic, or differentiate the same outputs every step"

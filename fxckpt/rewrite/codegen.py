@@ -39,9 +39,13 @@ DIRECT: dict[str, str] = {
     "t.default": "torch.t",
     "transpose.int": "torch.transpose",
     "unsqueeze.default": "torch.unsqueeze",
-    "view.default": "torch.Tensor.view",
+    "view.default": "torch.Tensor.reshape",
 }
-"""Overloads of `torch.ops.aten`, and functions with the same arguments that dispatch to them."""
+"""Overloads of `torch.ops.aten`, and functions with the same arguments that dispatch to them.
+
+A few kernels lay out their results differently from what torch tells while it traces (hardswish's backward): a view
+that was traced may then need a copy, as `reshape` makes it.
+"""
 
 _OVERLOAD = re.compile(r"\btorch\.ops\.aten\.(\w+\.\w+)\(")
 

@@ -42,7 +42,8 @@ def overwritten(profile: Profile, schedule: Schedule) -> dict[int, fx.Node]:
     """For each step that may write over an input: the captured node whose value it writes over.
 
     Such a value is read for the last time, fills its storage, has the result's form, and was allocated in the same
-    half of the step: what forward saved must outlive a backward whose graph is retained.
+    half of the step: what forward saved must outlive a backward whose graph is retained. No other input of the op is a
+    view of it, since that may have its elements in another order.
     """
     graph, split = profile.graph, schedule.forward_steps
     timeline = simulate(graph, schedule)
@@ -56,7 +57,8 @@ def overwritten(profile: Profile, schedule: Schedule) -> dict[int, fx.Node]:
         for source in _candidates(node):
             storage = profile.map.behind.get(source)
             life = last.get((storage, step)) if storage is not None and storage not in kept else None
-            if life and _is_own(profile, life, step, split) and _fills(source, node):
+            viewed = any(profile.map.behind.get(n) == storage for n in node.all_input_nodes if n is not source)
+            if life and not viewed and _is_own(profile, life, step, split) and _fills(source, node):
                 found[step] = source
                 break
     return found
@@ -76,9 +78,11 @@ def _is_own(profile: Profile, life: Lifetime, step: int, split: int) -> bool:
 def _fills(source: fx.Node, node: fx.Node) -> bool:
     """Whether a value has the form of the node's result and takes up its whole storage."""
     old, new = source.meta["val"], node.meta["val"]
-    form = (new.shape, new.stride(), new.dtype, new.device)
-    same = (old.shape, old.stride(), old.dtype, old.device) == form
-    return same and old.untyped_storage().nbytes() == new.numel() * new.element_size() > 0
+    return _form(old) == _form(new) and old.untyped_storage().nbytes() == new.numel() * new.element_size() > 0
+
+
+def _form(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg()
 
 
 def write_over(node: fx.Node, args: tuple[Any, ...], value: fx.Node) -> tuple[OpOverload, dict[str, fx.Node]]:

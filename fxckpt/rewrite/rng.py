@@ -23,7 +23,7 @@ def rng_state(device: str) -> torch.Tensor:
     return torch.get_device_module(kind.type).get_rng_state(kind)  # type: ignore[no-any-return]
 
 
-def run_with_rng_state(state: torch.Tensor, device: str, op: Any, *args: Any, **kwargs: Any) -> Any:
+def run_with_rng_state(state: torch.Tensor, device: str, op: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a random op from a saved generator state; the generator itself is left as it was."""
     current = rng_state(device)
     _set(state, device)

@@ -72,6 +72,8 @@ def stages_of(profile: Profile, schedule: Schedule, hooked: frozenset[int] = fro
         Stage(delivery.step, tuple(index for storage in delivery.gradients for index in owners[storage]))
         for delivery in schedules.deliveries(profile.graph, schedule)
     ]
+    if not stages:  # backward has no ops: it hands tangents through
+        stages = [Stage(len(schedule) - 1, tuple(index for group in owners.values() for index in group))]
     inputs = profile.joint.roles.inputs
     rest = tuple(i for i, given in enumerate(inputs) if given.requires_grad and given.gradient is None)
     stages[-1] = replace(stages[-1], inputs=stages[-1].inputs + rest)
@@ -115,6 +117,8 @@ def emit(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozense
     second = Writer(profile, schedule, first)
     second.place_tangents()
     finished = {stage.step: stage for stage in stages}
+    if schedule.forward_steps == len(schedule):
+        second.deliver(stages[-1].inputs)
     for step in range(schedule.forward_steps, len(schedule)):
         second.step(step)
         if step in finished:

@@ -1,0 +1,245 @@
+"""One example of the fuzzer: a program trained plain and optimized; all that both leave is compared.
+
+Each trial trains some steps from the same seeds, then measures what a further one allocates. Eager torch refuses some
+programs (an in-place change of what backward reads); fxckpt refuses some with a reason.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import random
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import fxckpt
+from fxckpt.capture.structure import take_apart
+from fxckpt.errors import CaptureError
+from fxckpt.graph import Graph
+from fxckpt.memory import peak_allocated_bytes
+from fxckpt.optimized import planner_of
+from fxckpt.schedule import Schedule, plain
+from fxckpt.simulate import simulate
+from fxckpt.solvers import ORACLES, SOLVERS, lowest, solve
+from tests.fuzz.described import Described
+from tests.fuzz.layers import Loss
+from tests.fuzz.program import Program, programs
+from tests.training import assert_same_bits
+
+RANDOM = "random"
+"""A solver that repeats ops anywhere, sensible or not."""
+
+NAMES = (RANDOM, *(name for name in SOLVERS if name not in ORACLES and name != "collection"))
+STEPS = 2
+TOLERANCE, SLACK_BYTES = 0.01, 8192
+"""How far the measured peak may be from the simulated one; `SLACK_BYTES` for states of generators and numbers."""
+
+REFUSALS = re.compile("forward changes an input in place and gradients flow")
+"""Reasons for which fxckpt may refuse a program of the menu."""
+
+
+class Refused(Exception):  # noqa: N818 - not an error: the trial does not count
+    """Eager torch does not run this program, or fxckpt says why it can't."""
+
+
+@dataclass(frozen=True, repr=False)
+class Trial(Described):
+    """A program and how it is trained.
+
+    Attributes:
+        program: the model.
+        solver: who plans, "random" for a schedule that repeats ops at random.
+        budget: where between the solver's floor (0) and the plain peak (1) the budget is.
+        allocated: whether gradients are there before the first step, and are added to by all.
+        training: train or eval mode.
+        backward: "together" from the sum of the losses, "one by one", or "twice" through the same graph.
+        unused: how many of the outputs that require grad are left out of the loss, as long as one is in it.
+        autocast: whether the model runs within autocast.
+        hooks: whether hooks double the gradients of some parameters.
+    """
+
+    program: Program
+    solver: str = "auto"
+    budget: float = 0.0
+    allocated: bool = False
+    training: bool = True
+    backward: str = "together"
+    unused: int = 0
+    autocast: bool = False
+    hooks: bool = False
+
+    def schedule(self, graph: Graph, _: int) -> Schedule:
+        """The solver that the optimized model is given; it chooses the budget itself, knowing floor and plain peak."""
+        if self.solver == RANDOM:
+            return _repeating_at_random(graph)
+        options = {"effort": "fast"} if self.solver in ("auto", "dp", "min_memory") else {}
+        floor_bytes = lowest(graph, self.solver, **options).timeline.peak_bytes
+        plain_bytes = simulate(graph, plain(graph)).peak_bytes
+        budget_bytes = floor_bytes + int(self.budget * max(0, plain_bytes - floor_bytes))
+        return solve(graph, budget_bytes, self.solver, **options).schedule
+
+
+def _repeating_at_random(graph: Graph) -> Schedule:
+    """The plain order with some ops repeated anywhere after their first run."""
+    order, forward_steps = list(plain(graph).order), graph.forward_count
+    free = [i for i, op in enumerate(graph.ops) if not op.pinned]
+    generator = random.Random(len(order))
+    for index in generator.sample(free, len(free) // 2):
+        place = generator.randint(order.index(index) + 1, len(order))
+        forward_steps += place < forward_steps
+        order.insert(place, index)
+    return Schedule(tuple(order), forward_steps)
+
+
+@st.composite
+def trials(draw: st.DrawFn) -> Trial:
+    """Any trial."""
+    return Trial(
+        draw(programs()),
+        draw(st.sampled_from(NAMES)),
+        draw(st.sampled_from((0.0, 0.0, 0.25, 0.5, 0.75, 1.0))),
+        draw(st.booleans()),
+        draw(st.sampled_from((True, True, True, False))),
+        draw(st.sampled_from(("together", "together", "together", "one by one", "twice"))),
+        draw(st.sampled_from((0, 0, 1))),
+        draw(st.sampled_from((False, False, False, True))),
+        draw(st.sampled_from((False, False, False, True))),
+    )
+
+
+@contextlib.contextmanager
+def described(trial: Trial) -> Iterator[None]:
+    """A failure inside says how to run the trial again."""
+    try:
+        yield
+    except Refused:
+        raise
+    except BaseException as error:
+        error.add_note(f"To see it again: from tests.fuzz import *; check({trial!r})")
+        raise
+
+
+def check(trial: Trial) -> None:
+    """Train the program plain and optimized.
+
+    Raises:
+        AssertionError: they leave something different, or the measured peak is not the simulated one.
+        Refused: eager torch does not run it, or fxckpt says that it can't.
+    """
+    with described(trial), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, inputs = trial.program.build()
+        twin, twin_inputs = copy.deepcopy(model), copy.deepcopy(inputs)
+        for one in (model, twin):
+            _prepare(one.train(trial.training), trial)
+        optimized = fxckpt.optimize(model, "1TB", solver=trial.schedule, cost_model="reference")
+        for seed in range(STEPS):
+            expected = _plain_step(twin, twin_inputs, trial, seed)
+            found = _optimized_step(optimized, inputs, trial, seed)
+            _assert_same(found, expected)
+        if trial.backward == "together":
+            _check_peak(optimized, inputs, trial)
+
+
+def _prepare(model: nn.Module, trial: Trial) -> None:
+    for number, parameter in enumerate(model.parameters()):
+        if parameter.requires_grad and trial.allocated:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad and trial.hooks and number % 2 == 0:
+            parameter.register_hook(_double)
+
+
+def _double(gradient: Tensor) -> Tensor:
+    return gradient * 2
+
+
+Left = dict[str, Tensor | None]
+
+
+def _plain_step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed: int) -> Left:
+    try:
+        return _step(model, inputs, trial, seed)
+    except Exception as error:
+        raise Refused(f"eager: {error}") from error
+
+
+def _optimized_step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed: int) -> Left:
+    try:
+        return _step(model, inputs, trial, seed)
+    except CaptureError as error:
+        if REFUSALS.search(str(error)):
+            raise Refused(str(error)) from error
+        raise
+
+
+def _step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed: int) -> Left:
+    """A step, and all that it leaves."""
+    torch.manual_seed(seed)
+    _clear(model, inputs, trial)
+    outputs = _train(model, inputs, trial)
+    left: Left = {f"output {i}": output for i, output in enumerate(outputs)}
+    left |= {f"requires_grad of output {i}": torch.tensor(output.requires_grad) for i, output in enumerate(outputs)}
+    left |= {f"layout of output {i}": torch.tensor(output.stride()) for i, output in enumerate(outputs)}
+    left |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+    left |= {f"gradient of input {i}": x.grad for i, x in enumerate(inputs)}
+    left |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+    left |= {f"input {i}": x for i, x in enumerate(inputs)}
+    left["random-number state"] = torch.get_rng_state()
+    return {name: None if x is None else x.detach().clone() for name, x in left.items()}
+
+
+def _clear(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> None:
+    for x in inputs:
+        x.grad = None
+    if not trial.allocated:
+        model.zero_grad()
+
+
+def _train(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> list[Tensor]:
+    """Forward and backward; what was returned."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=trial.autocast):
+        outputs: list[Tensor] = take_apart(model(*inputs))[0]
+    ends = [output for output in outputs if output.requires_grad]
+    _differentiate(ends[min(trial.unused, len(ends) - 1) :], trial)
+    return outputs
+
+
+def _differentiate(outputs: list[Tensor], trial: Trial) -> None:
+    losses = [Loss.of(output) for output in outputs]
+    if trial.backward == "one by one":
+        for number, loss in enumerate(losses, 1):
+            loss.backward(retain_graph=number < len(losses))
+        return
+    if trial.backward == "twice":
+        torch.autograd.backward(losses, retain_graph=True)
+    torch.autograd.backward(losses)
+
+
+def _assert_same(found: Left, expected: Left) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None), f"{name} is there in one of the two only"
+        assert_same_bits(found[name], value, name)
+
+
+def _check_peak(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> None:
+    """What a step allocates is what the plan's simulation says, which is within the budget."""
+    planner: Any = planner_of(model)
+    if planner.latest is None:
+        return
+    _clear(model, inputs, trial)
+    gc.collect()
+    measured_bytes = peak_allocated_bytes(lambda: _train(model, inputs, trial), torch.device("cpu"))
+    plan = planner.latest.plan
+    simulated_bytes = plan.predicted.peak_bytes - plan.graph.static_bytes
+    slack_bytes = TOLERANCE * plan.predicted.peak_bytes + SLACK_BYTES
+    difference_bytes = measured_bytes - simulated_bytes
+    assert abs(difference_bytes) <= slack_bytes, f"measured {measured_bytes} B, simulated {simulated_bytes} B"
