@@ -132,7 +132,12 @@ class Pareto:
 
         budget_bytes = None if budget is None else within(budget, self.baseline.peak_bytes)
         return plot_curve(
-            self.points, baseline=self.baseline, budget_bytes=budget_bytes, measured=measured, peers=peers
+            self.points,
+            baseline=self.baseline,
+            knee=self.knee().predicted,
+            budget_bytes=budget_bytes,
+            measured=measured,
+            peers=peers,
         )
 
     def __repr__(self) -> str:

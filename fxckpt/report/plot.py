@@ -51,6 +51,7 @@ def plot_curve(
     points: Sequence[Figures],
     *,
     baseline: Figures,
+    knee: Figures | None = None,
     budget_bytes: int | None = None,
     measured: Sequence[tuple[int, float]] = (),
     peers: Mapping[str, Sequence[tuple[int, float]]] = {},
@@ -60,6 +61,7 @@ def plot_curve(
     Args:
         points: predicted figures of plans; between two of them the one of lower peak is what fits.
         baseline: predicted figures of the plain model.
+        knee: the point beyond which less memory gets dear, if it is to be marked.
         budget_bytes: drawn as a line [B].
         measured: peaks and times of real steps [B, µs].
         peers: the same of other ways to save memory, by name.
@@ -74,6 +76,8 @@ def plot_curve(
         curve = sorted((figures.peak_bytes, figures.step_us) for figures in (*points, baseline))
         ax.plot(*_columns(curve), color=BLUE, marker="o", markersize=4, drawstyle="steps-post", label="estimated")
         ax.plot(baseline.peak_bytes, baseline.step_us, "o", color=GREY, markersize=8, label="plain model")
+        if knee is not None:
+            ax.plot(knee.peak_bytes, knee.step_us, "o", color=VERMILION, markersize=8, label="knee")
         if measured:
             ax.plot(*_columns(measured), "o", color=ORANGE, fillstyle="none", markersize=8, label="measured")
         for number, (name, series) in enumerate(peers.items()):

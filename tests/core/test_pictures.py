@@ -122,11 +122,17 @@ def test_the_curve_holds_every_point_and_the_plain_model() -> None:
     points = [Figures(50, 130.0, 30.0, 0), Figures(80, 110.0, 10.0, 0)]
     peers = {"_checkpoint $x$": [(70, 140.0), (60, 150.0)]}
     _, ax = plot_curve(
-        points, baseline=Figures(100, 100.0, 0.0, 0), budget_bytes=90, measured=[(81, 112.0)], peers=peers
+        points,
+        baseline=Figures(100, 100.0, 0.0, 0),
+        knee=points[1],
+        budget_bytes=90,
+        measured=[(81, 112.0)],
+        peers=peers,
     )
     drawn = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in ax.lines}
     assert drawn["estimated"] == [[50, 130], [80, 110], [100, 100]]
     assert drawn["plain model"] == [[100, 100]]
+    assert drawn["knee"] == [[80, 110]]
     assert drawn["measured"] == [[81, 112]]
     assert drawn["_checkpoint $x$"] == [[60, 150], [70, 140]]
     assert [x for x, _ in drawn["budget 90 B"]] == [90, 90]
