@@ -55,7 +55,7 @@ class Watch:
         parameters = [owner[name] for owner, name in self.parameters.values()]
         return (
             structure,
-            tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors),
+            tuple((t.shape, t.stride(), t.dtype, t.device, t.requires_grad, t.is_leaf) for t in tensors),
             _repeated(tensors),
             tuple([module.training for _, module in self.modules]),
             tuple([(p.requires_grad, p.dtype, p.shape, p.device) for p in parameters if p is not None]),

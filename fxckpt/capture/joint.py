@@ -19,8 +19,9 @@ from unittest import mock
 import torch
 from torch import fx, nn
 from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd import graph_capture_wrappers
+from torch._functorch._aot_autograd import collect_metadata_analysis, graph_capture_wrappers
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch.fx.experimental import proxy_tensor
 
 from fxckpt.capture.absent import made_present
 from fxckpt.capture.checkpointed import checkpointing_bypassed
@@ -62,23 +63,58 @@ class JointGraph:
 class _Traced(nn.Module):
     """The model as a function of flat tensors, with plain tensor attributes turned into buffers."""
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], inputs: Structure) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], inputs: Structure, is_leaf: Sequence[bool]
+    ) -> None:
+        """`is_leaf` says which tensors among the inputs are leaves in eager."""
         super().__init__()
         self.model = model
-        self._forward, self._inputs = forward, inputs
+        self._forward, self._inputs, self._is_leaf = forward, inputs, is_leaf
         self.outputs: Structure | None = None
         self.attributes = tensor_attributes(model)
         self._aliases = _aliases(model)
+        self.leaves: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what is traced, and the leaf in its place
         for index, (owner, name) in enumerate(self.attributes):
             self.register_buffer(f"attribute_{index}", owner[name].detach())
 
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        args, kwargs = put_together(self._inputs, iter(tensors))
-        with _tied(self._aliases), unchanged(self.model, self.attributes):
+        self.leaves = {}
+        given = [self._leaf(x) if is_leaf else x for x, is_leaf in zip(tensors, self._is_leaf, strict=True)]
+        args, kwargs = put_together(self._inputs, iter(given))
+        with self._parameters_as_leaves(), _tied(self._aliases), unchanged(self.model, self.attributes):
             for index, (owner, name) in enumerate(self.attributes):
                 owner[name] = getattr(self, f"attribute_{index}")
             flat, self.outputs = take_apart(self._forward(*args, **kwargs))
-        return flat
+        traced = {id(leaf): tensor for tensor, leaf in self.leaves.values()}
+        return [traced.get(id(tensor), tensor) for tensor in flat]
+
+    def _leaf(self, traced: torch.Tensor) -> torch.Tensor:
+        """A leaf in the place of what the tracer computed, as in eager: of leaves alone autocast keeps its casts.
+
+        With one cast for all its uses, a weight's gradients are added up in the lower precision. While torch only looks
+        how outputs come from inputs, before it traces, nothing is differentiated.
+        """
+        if not traced.requires_grad or traced.is_leaf or proxy_tensor.get_proxy_mode() is None:
+            return traced
+        if id(traced) not in self.leaves:
+            self.leaves[id(traced)] = traced, traced.detach().requires_grad_()
+        return self.leaves[id(traced)][1]
+
+    @contextlib.contextmanager
+    def _parameters_as_leaves(self) -> Iterator[None]:
+        places = [
+            (held, name, parameter)
+            for held in (module._parameters for module in self.model.modules())
+            for name, parameter in held.items()
+            if parameter is not None
+        ]
+        for held, name, parameter in places:
+            held[name] = self._leaf(parameter)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            for held, name, parameter in places:
+                held[name] = parameter
 
     def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:  # noqa: ARG002
         """Each parameter once, whatever is asked for: a tied one is one input of the graph and has one gradient."""
@@ -151,7 +187,7 @@ def capture(
     tensors, inputs = take_apart((tuple(args), kwargs or {}))
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
-    traced = _Traced(model, call, inputs)
+    traced = _Traced(model, call, inputs, [x.is_leaf for x in tensors])
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
     with (
         _ONE_AT_A_TIME,
@@ -184,6 +220,7 @@ def _backward_from(traced: _Traced, tangents: Mapping[int, tuple[int, ...]] | No
         chosen = _likely_differentiated(traced.outputs, outputs) if tangents is None else tangents
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
         grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
+        inputs = [traced.leaves[id(x)][1] if id(x) in traced.leaves else x for x in inputs]
         return original(outputs, inputs, grad_outputs, **options)
 
     with mock.patch("torch.autograd.grad", grad):
@@ -219,6 +256,11 @@ _FLAGS = ((), ("_is_compiling_flag",), ("_is_compiling_flag", "_is_exporting_fla
 then yes, since models then avoid to read data."""
 
 
+_WITHOUT_AUTOCAST_CACHE = (proxy_tensor, collect_metadata_analysis)
+"""Where tracing turns off autocast's cache, by which eager casts a weight once however often it is used: its gradients
+are then added up in the lower precision."""
+
+
 def _unchecked(*_: Any) -> None:
     """Stands for a check of values, which a model that is being compiled makes as a hint to the compiler."""
 
@@ -230,6 +272,8 @@ def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Te
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")  # what the model has to say it says when it runs
     stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast
+    for module in _WITHOUT_AUTOCAST_CACHE:
+        stack.enter_context(mock.patch.object(module, "disable_autocast_cache", contextlib.nullcontext))
     failures: list[Exception] = []
     for flags in _FLAGS:
         try:

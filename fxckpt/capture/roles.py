@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -186,6 +187,9 @@ def _outputs(
             results.append(Result("view of input", info.base_idx, info, example))
         elif kind in _OF_BASE:
             own = kind is OutputType.alias_of_intermediate_base_is_user_output
+            if own and info.base_idx not in place:  # that output is a view too: they have the same base
+                info = dataclasses.replace(info, base_idx=infos[info.base_idx].base_idx)
+                own = False
             base = place[info.base_idx] if own else first_base + info.base_idx
             results.append(Result("view of output", base, info, example))
         else:

@@ -20,8 +20,14 @@ from tqdm import tqdm
 
 from tests.fuzz import Refused, Trial, check, trials
 
-_AT_ONCE = 10
-"""Examples that one run of Hypothesis makes: later ones would be variants of those before."""
+_AT_ONCE = settings(
+    max_examples=10,  # later ones would be variants of those before
+    phases=[Phase.generate],
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+"""How trials are made."""
 
 
 class Run:
@@ -31,10 +37,15 @@ class Run:
         self.counts: Counter[str] = Counter(examples=0, failures=0, refused=0)
         self.reasons: Counter[str] = Counter()
         self._seen: set[str] = set()
-        self._progress = tqdm(total=examples)
+        self._examples, self._progress = examples, tqdm(total=examples)
 
-    def add(self, trial: Trial) -> None:
-        """Run a trial."""
+    def some(self, seed: int) -> None:
+        """Run as many random trials as are wanted."""
+        while self.counts["examples"] < self._examples:
+            hypothesis.seed(seed)(_AT_ONCE(given(trials())(self._add)))()
+            seed += 1
+
+    def _add(self, trial: Trial) -> None:
         if repr(trial) in self._seen:
             return
         self._seen.add(repr(trial))
@@ -52,24 +63,6 @@ class Run:
         self._progress.update()
 
 
-def some(run: Run, seed: int) -> None:
-    """Run some trials."""
-
-    @hypothesis.seed(seed)
-    @settings(
-        max_examples=_AT_ONCE,
-        phases=[Phase.generate],
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(trials())
-    def add(trial: Trial) -> None:
-        run.add(trial)
-
-    add()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--examples", type=int, default=1000, help="how many trials to run to their end")
@@ -79,10 +72,7 @@ def main() -> int:
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays: measuring collects garbage first, which would look through it all
     run = Run(chosen.examples)
-    seed = 1_000_000 * chosen.seed
-    while run.counts["examples"] < chosen.examples:
-        some(run, seed)
-        seed += 1
+    run.some(1_000_000 * chosen.seed)
     versions = {"torch": torch.__version__, "hypothesis": hypothesis.__version__}
     record = {**run.counts, "seed": chosen.seed, "versions": versions}
     print(json.dumps(record), *(f"{count:6} {reason}" for reason, count in run.reasons.most_common(20)), sep="\n")

@@ -33,6 +33,23 @@ class Weighted(nn.Module):
         return self.function(self.weight, *xs)
 
 
+class OutsideAutocast(nn.Module):
+    """A layer that is computed in the type of its weights.
+
+    Inside of some kernels (the one of `nn.Bilinear`) eager torch casts for autocast; a captured kernel is run as it is.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *xs: Tensor) -> Tensor:
+        dtype = next(self.parameters()).dtype
+        with torch.autocast("cpu", enabled=False):
+            y: Tensor = self.layer(*(x.to(dtype) for x in xs))
+        return y
+
+
 class Across(nn.Module):
     """A layer that wants channels in another place: dimensions 1 and 2 change places before and after it."""
 

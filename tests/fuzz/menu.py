@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from tests.fuzz.described import Described
-from tests.fuzz.layers import Across, Attention, Call, Recurrent, Running, SelfAttention, Twice, Weighted
+from tests.fuzz.layers import (
+    Across,
+    Attention,
+    Call,
+    OutsideAutocast,
+    Recurrent,
+    Running,
+    SelfAttention,
+    Twice,
+    Weighted,
+)
 
 ROWS, SEQUENCE, IMAGE, IDS = "rows", "sequence", "image", "ids"
 VOCABULARY = 11
@@ -170,7 +180,7 @@ OF_ROWS: dict[str, Layer] = {
     "linear without bias": _layer(ROWS, lambda s: nn.Linear(s.width, s.width, bias=False)),
     "mlp": _layer(ROWS, lambda s: nn.Sequential(nn.Linear(s.width, 64), nn.GELU(), nn.Linear(64, s.width))),
     "gated linear": _layer(ROWS, lambda s: nn.Sequential(nn.Linear(s.width, 2 * s.width), nn.GLU())),
-    "bilinear": _layer(ROWS, lambda s: nn.Bilinear(s.width, s.width, s.width), count=2),
+    "bilinear": _layer(ROWS, lambda s: OutsideAutocast(nn.Bilinear(s.width, s.width, s.width)), count=2),
     "batch norm": _layer(ROWS, lambda s: nn.BatchNorm1d(s.width)),
     "layer norm": _layer(ROWS, lambda s: nn.LayerNorm(s.width)),
     "rms norm": _layer(ROWS, lambda s: nn.RMSNorm(s.width)),
@@ -254,9 +264,6 @@ OF_IMAGES: dict[str, Layer] = {
     "nearest": _function(IMAGE, lambda x: F.interpolate(x[..., ::2, ::2], x.shape[2:])),
     "shuffled pixels": _function(IMAGE, lambda x: F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2).sin()),
     "reflected": _function(IMAGE, lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect")[..., 2:, 2:]),
-    "unfolded": _function(
-        IMAGE, lambda x: F.fold(F.unfold(x, 3, padding=1).sin(), x.shape[2:], 3, padding=1), full=True
-    ),
     "channels last": _function(IMAGE, lambda x: x.contiguous(memory_format=torch.channels_last)),
     "rows of image": Layer((IMAGE,), ROWS, lambda s: nn.Sequential(nn.Flatten(), nn.Linear(_pixels(s), s.width))),
     "image of rows": Layer(

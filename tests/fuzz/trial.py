@@ -12,7 +12,7 @@ import gc
 import random
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxckpt
+from fxckpt.capture.roles import Result
 from fxckpt.capture.structure import take_apart
-from fxckpt.errors import CaptureError
+from fxckpt.errors import CaptureError, RuntimeContractError
 from fxckpt.graph import Graph
 from fxckpt.memory import peak_allocated_bytes
 from fxckpt.optimized import planner_of
@@ -42,8 +43,12 @@ STEPS = 2
 TOLERANCE, SLACK_BYTES = 0.01, 8192
 """How far the measured peak may be from the simulated one; `SLACK_BYTES` for states of generators and numbers."""
 
-REFUSALS = re.compile("forward changes an input in place and gradients flow")
+REFUSALS = re.compile("forward changes an input in place and gradients flow|Run forward again")
 """Reasons for which fxckpt may refuse a program of the menu."""
+
+
+ABOUT = "about the same: "
+"""Of an input that is returned too the loss gives a part of the gradient: torch adds up the parts in another order."""
 
 
 class Refused(Exception):  # noqa: N818 - not an error: the trial does not count
@@ -174,7 +179,7 @@ def _plain_step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed
 def _optimized_step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed: int) -> Left:
     try:
         return _step(model, inputs, trial, seed)
-    except CaptureError as error:
+    except (CaptureError, RuntimeContractError) as error:
         if REFUSALS.search(str(error)):
             raise Refused(str(error)) from error
         raise
@@ -189,7 +194,9 @@ def _step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed: int)
     left |= {f"requires_grad of output {i}": torch.tensor(output.requires_grad) for i, output in enumerate(outputs)}
     left |= {f"layout of output {i}": torch.tensor(output.stride()) for i, output in enumerate(outputs)}
     left |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
-    left |= {f"gradient of input {i}": x.grad for i, x in enumerate(inputs)}
+    returned = {output.untyped_storage()._cdata for output in outputs}
+    also_outside = [x.requires_grad and x.untyped_storage()._cdata in returned for x in inputs]
+    left |= {f"{ABOUT if also_outside[i] else ''}gradient of input {i}": x.grad for i, x in enumerate(inputs)}
     left |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
     left |= {f"input {i}": x for i, x in enumerate(inputs)}
     left["random-number state"] = torch.get_rng_state()
@@ -227,13 +234,16 @@ def _assert_same(found: Left, expected: Left) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] is None) == (value is None), f"{name} is there in one of the two only"
-        assert_same_bits(found[name], value, name)
+        if name.startswith(ABOUT):
+            torch.testing.assert_close(found[name], value)
+        else:
+            assert_same_bits(found[name], value, name)
 
 
 def _check_peak(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> None:
     """What a step allocates is what the plan's simulation says, which is within the budget."""
     planner: Any = planner_of(model)
-    if planner.latest is None:
+    if planner.latest is None or not _loss_adds_nothing(planner.latest.profile.joint.roles.results):
         return
     _clear(model, inputs, trial)
     gc.collect()
@@ -243,3 +253,9 @@ def _check_peak(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> N
     slack_bytes = TOLERANCE * plan.predicted.peak_bytes + SLACK_BYTES
     difference_bytes = measured_bytes - simulated_bytes
     assert abs(difference_bytes) <= slack_bytes, f"measured {measured_bytes} B, simulated {simulated_bytes} B"
+
+
+def _loss_adds_nothing(results: Sequence[Result]) -> bool:
+    """Whether no gradients are added up outside of the model: those of several views of a tensor, or of an input."""
+    views = [result.index for result in results if result.kind == "view of output"]
+    return not any(result.kind.endswith("input") for result in results) and len(set(views)) == len(views)

@@ -1,0 +1,241 @@
+"""Random small models under random plans: some at each run, many by `python -m tests.fuzz`, and what that has found."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+from tests.fuzz import MENU, Input, Line, Output, Program, Refused, Sizes, Trial, check, trials
+from tests.fuzz.__main__ import Run
+
+EXAMPLES = 30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_to_collect_in_what_is_imported() -> Iterator[None]:
+    """Measuring collects garbage first, which would look through all modules each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)
+@given(trials())
+def test_random_models(trial: Trial) -> None:
+    with contextlib.suppress(Refused):
+        check(trial)
+
+
+@pytest.mark.slow
+def test_many_random_models() -> None:
+    run = Run(1000)
+    run.some(seed=1)
+    assert run.counts["failures"] == 0
+    assert run.counts["refused"] < run.counts["examples"] / 10
+
+
+ROWS, TWO_ROWS = (Input("rows"),), (Input("rows"), Input("rows"))
+GIVEN_ROWS, GIVEN_SEQUENCE = (Input("rows", requires_grad=True),), (Input("sequence", requires_grad=True),)
+WIDE, SINGLE = Sizes(batch=64, width=64), Sizes(length=1, width=32)
+
+FOUND: dict[str, Trial] = {
+    "a result is not written over a value that the op also reads as a view": Trial(
+        Program(
+            (Input("ids"),),
+            (
+                Line("embedding", (0,)),
+                Line("expand (sequence)", (1,)),
+                Line("stopped gradient (sequence)", (2,), dtype="bfloat16"),
+                Line("bernoulli (sequence)", (3,), mode="autocast"),
+            ),
+            (Output(4),),
+            "double",
+            SINGLE,
+        ),
+        "selective",
+        0.5,
+    ),
+    "a result is not written over a conjugated view": Trial(
+        Program(GIVEN_ROWS, (Line("complex", (0,), dtype="float"),), (Output(1),)), "min_memory"
+    ),
+    "a tangent has memory of its own, not that of the view it belongs to": Trial(
+        Program(
+            GIVEN_SEQUENCE,
+            (Line("tanh gelu (sequence)", (0,)), Line("tanh (sequence)", (1,))),
+            (Output(2, "transposed"), Output(1), Output(1, "chunks")),
+        ),
+        "sqrt",
+        unused=1,
+    ),
+    "parts of an input are returned": Trial(
+        Program(GIVEN_ROWS, (Line("square root (rows)", (0,)),), (Output(1), Output(0, "chunks"))), "save_all"
+    ),
+    "views of an input are returned": Trial(
+        Program(
+            GIVEN_SEQUENCE,
+            (Line("gelu (sequence)", (0,)),),
+            (Output(1, "transposed"), Output(1), Output(0, "transposed")),
+        )
+    ),
+    "a detached view of a returned tensor requires no gradient": Trial(
+        Program(
+            GIVEN_SEQUENCE,
+            (Line("tanh (sequence)", (0,)), Line("last of sequence", (1,))),
+            (Output(2, "transposed"), Output(2, "detached")),
+        ),
+        "random",
+    ),
+    "three views of a tensor that is not returned": Trial(
+        Program(
+            GIVEN_SEQUENCE,
+            (Line("tanh (sequence)", (0,)), Line("flat view (sequence)", (1,))),
+            (Output(2), Output(2, "detached"), Output(2, "transposed")),
+        )
+    ),
+    "a repeated draw whose op has an argument called device": Trial(
+        Program(
+            ROWS,
+            (Line("linear", (0,)), Line("normal noise (rows)", (1,)), Line("power (rows)", (2,))),
+            (Output(3),),
+            sizes=WIDE,
+        ),
+        "selective",
+    ),
+    "other outputs than expected are differentiated, under autocast": Trial(
+        Program(
+            GIVEN_SEQUENCE,
+            (Line("RNN", (0,), mode="frozen"), Line("gelu (sequence)", (1,)), Line("add in place (sequence)", (1, 2))),
+            (Output(3, "chunks"), Output(1, "transposed")),
+        ),
+        "auto",
+        0.25,
+        backward="one by one",
+        autocast=True,
+    ),
+    "saved values that a backward from other outputs does not need": Trial(
+        Program(
+            (Input("image", requires_grad=True),),
+            (
+                Line("interpolate (image)", (0, 0), dtype="double"),
+                Line("interpolate (image)", (1, 1), dtype="bfloat16"),
+                Line("running instance norm", (2,), dtype="double"),
+            ),
+            (Output(3), Output(1, "chunks"), Output(2, "detached")),
+            "double",
+        ),
+        "dp",
+        unused=1,
+    ),
+    "hooks of parameters that get no gradient are not called": Trial(
+        Program(
+            (Input("image"),),
+            (Line("batch norm 2d", (0,)), Line("conv2d", (1,))),
+            (Output(2), Output(1, "chunks")),
+        ),
+        "min_memory",
+        backward="one by one",
+        unused=1,
+        hooks=True,
+    ),
+    "backward has no ops": Trial(
+        Program(GIVEN_ROWS, (Line("normal noise (rows)", (0,)),), (Output(1, "transposed"), Output(1))), "sqrt"
+    ),
+    "a weight that autocast casts once for several uses": Trial(
+        Program(
+            ROWS,
+            (Line("linear", (0,)), Line("linear", (1,), shares=0), Line("linear", (2,), shares=0)),
+            (Output(3),),
+            sizes=WIDE,
+        ),
+        "min_memory",
+        autocast=True,
+    ),
+    "an input that autocast casts once for several uses": Trial(
+        Program(GIVEN_ROWS, (Line("linear", (0,)), Line("similarities", (0, 1))), (Output(2),)), autocast=True
+    ),
+    "recurrent kernels hand large buffers to backward": Trial(
+        Program(
+            (Input("ids"),),
+            (Line("embedding", (0,)), Line("two-way LSTM", (1,)), Line("GRU", (2,))),
+            (Output(3, "transposed"),),
+            sizes=Sizes(width=6),
+        ),
+        "random",
+    ),
+    "a view of what hardswish's backward lays out in its own way": Trial(
+        Program(
+            (Input("sequence"),),
+            (
+                Line("multi-head attention", (0,), mode="autocast"),
+                Line("log of sums (sequence)", (1,), dtype="double"),
+                Line("hardswish (sequence)", (2,)),
+                Line("roll (sequence)", (3,)),
+            ),
+            (Output(4),),
+            "double",
+            Sizes(length=5),
+        ),
+        "uniform",
+        0.75,
+        training=False,
+        autocast=True,
+    ),
+    "gradients of dropout are laid out as what comes in": Trial(
+        Program(
+            (Input("ids"),),
+            (
+                Line("embedding", (0,)),
+                Line("cross attention", (1, 1)),
+                Line("dropout function (sequence)", (2,)),
+            ),
+            (Output(3, "transposed"),),
+            sizes=WIDE,
+        ),
+        "save_all",
+    ),
+}
+"""Failures that the fuzzer has found, each repaired and now a test."""
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found(name: str) -> None:
+    check(FOUND[name])
+
+
+# The fuzzer itself
+
+
+def test_a_failure_says_how_to_see_it_again() -> None:
+    trial = FOUND["an input that autocast casts once for several uses"]
+    with (
+        mock.patch("tests.fuzz.trial._assert_same", side_effect=AssertionError("spoiled")),
+        pytest.raises(AssertionError, match="spoiled") as caught,
+    ):
+        check(trial)
+    source = caught.value.__notes__[0].partition("check(")[2].removesuffix(")")
+    names = {kind.__name__: kind for kind in (Trial, Program, Line, Input, Output, Sizes)}
+    assert eval(source, dict(names)) == trial
+
+
+@pytest.mark.parametrize("name", MENU)
+def test_each_layer_of_the_menu_works(name: str) -> None:
+    layer, sizes = MENU[name], Sizes()
+    torch.manual_seed(0)
+    made = layer.make(sizes)
+    given = [
+        torch.zeros(sizes.shape(f), dtype=torch.long) if f == "ids" else torch.rand(sizes.shape(f)) for f in layer.reads
+    ]
+    assert made(*given).shape == sizes.shape(layer.writes)
