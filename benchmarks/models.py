@@ -107,6 +107,26 @@ def llama(layers: int, width: int, hidden: int, length: int, batch: int) -> tupl
     return Llama(layers, width, 4, hidden, 1000, length), ((tokens(batch, length),), {})
 
 
+def llama3_8b() -> tuple[nn.Module, Arguments]:
+    """transformers' Llama 3 with eight billion parameters in bfloat16 on the meta device, with labels."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=4096,
+        intermediate_size=14_336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).bfloat16()
+        ids = torch.zeros(1, 2048, dtype=torch.long)
+    return model, ((), {"input_ids": ids, "labels": ids})
+
+
 def residual_mlp(layers: int, width: int, batch: int) -> tuple[nn.Module, Arguments]:
     """Very deep and narrow."""
     return Stack((Residual(width) for _ in range(layers)), width), ((torch.randn(batch, width),), {})

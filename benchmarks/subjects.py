@@ -63,7 +63,7 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject(case("unet4"), case("unet"), ("down", "middle", "up"), is_chain=False),
     Subject(case("vit6"), case("vit"), ("vit.layers",)),
     Subject(_own("llama12"), Case("llama", lambda: llama(3, 64, 176, 64, 2)), ("blocks",)),
-    Subject(Case("mlp32", lambda: mlp(32, 1024, 512)), Case("mlp", lambda: mlp(6, 64, 256)), ("blocks",)),
+    Subject(Case("mlp32", lambda: mlp(32, 512, 1024)), Case("mlp", lambda: mlp(6, 64, 256)), ("blocks",)),
     Subject(_own("resmlp1000"), Case("resmlp", lambda: residual_mlp(24, 32, 256)), ("blocks",)),
 )
 

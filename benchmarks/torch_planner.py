@@ -9,8 +9,8 @@ peak and FLOPs; at the other peaks the best of these plans that fits counts. FLO
 convolutions and attention; a figure is what a schedule repeats, over those of the plain step.
 
 All minimize the same: time is FLOPs here (torch's planner knows nothing else), with a millionth of each op's estimated
-time to settle ties. Gradients are fresh, or already allocated where fresh ones alone make the peak, which nothing could
-lower. The exit status is 1 if fxckpt repeats more FLOPs anywhere, or its floor is not below all peers' peaks.
+time to settle ties. Gradients are fresh. The exit status is 1 if fxckpt repeats more FLOPs anywhere, or its floor is
+not below all peers' peaks.
 """
 
 from __future__ import annotations
@@ -40,8 +40,6 @@ from fxckpt.simulate import simulate
 from fxckpt.solvers import solve
 
 MODELS = ("gpt12", "bert6", "resnet50", "unet4", "mlp32", "llama12")
-ALLOCATED = frozenset(("mlp32",))
-"""Models whose gradients are already allocated: if fresh, parameters and gradients alone make the peak."""
 NEAR_ZERO = (0.01, 0.02, 0.03, 0.05)
 """Budgets where torch's planner is known to turn: less memory asked for, more memory used."""
 
@@ -85,7 +83,6 @@ class Comparison:
 
     Attributes:
         model: its name.
-        gradients_allocated: before the step.
         plain_peak_bytes: peak of the plain step [B].
         static_bytes: the part of any peak that is there before the step [B].
         floor_bytes: the lowest peak that fxckpt reaches [B].
@@ -93,7 +90,6 @@ class Comparison:
     """
 
     model: str
-    gradients_allocated: bool
     plain_peak_bytes: int
     static_bytes: int
     floor_bytes: int
@@ -114,14 +110,12 @@ def compare(subject: Subject, budgets: Sequence[float], *, quick: bool) -> Compa
     """Capture a model, put the peers on its graph, and plan at their peaks."""
     model, args, kwargs = (subject.quick if quick else subject.full).build()
     profile = build(capture(model, args, kwargs), estimated(DEVICES["cpu"]))
-    graph = profile.graph.with_gradients(subject.name in ALLOCATED)
+    graph = profile.graph
     costs = {name: Cost.of(graph, s) for name, s in _peers(profile, list(subject.paths(model)), budgets)}
     ours = [Cost.of(graph, schedule) for schedule in _plans(graph, costs.values())]
     rivals = tuple(Rival(name, cost, _best(ours, cost.peak_bytes)) for name, cost in costs.items())
     plain_peak_bytes = simulate(graph, plain(graph)).peak_bytes
-    return Comparison(
-        subject.name, graph.gradients_allocated, plain_peak_bytes, graph.static_bytes, _floor_bytes(graph), rivals
-    )
+    return Comparison(subject.name, plain_peak_bytes, graph.static_bytes, _floor_bytes(graph), rivals)
 
 
 def _peers(profile: Profile, blocks: list[str], budgets: Sequence[float]) -> Iterator[tuple[str, Schedule]]:
@@ -164,9 +158,8 @@ def section(comparison: Comparison) -> str:
         for rival in comparison.rivals
     ]
     headers = ("peer", "peak MiB", "repeats FLOPs %", "fxckpt: peak MiB", "repeats FLOPs %", "no more")
-    allocated = "already allocated" if comparison.gradients_allocated else "fresh"
     return (
-        f"## {comparison.model}\n\nGradients {allocated}. Plain peak {_mib(comparison.plain_peak_bytes)} MiB, of which "
+        f"## {comparison.model}\n\nPlain peak {_mib(comparison.plain_peak_bytes)} MiB, of which "
         f"{_mib(comparison.static_bytes)} are there before the step. Lowest peak: fxckpt "
         f"{_mib(comparison.floor_bytes)}, the others {_mib(comparison.lowest_peak_bytes)} MiB.\n\n"
         + tabulate(rows, headers, tablefmt="github", disable_numparse=True)

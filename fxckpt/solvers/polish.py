@@ -26,6 +26,7 @@ from fxckpt.solvers.wiring import Wiring
 
 _GAP = 4  # empty slots between two steps
 _MOST_OPS = 3000  # of graphs that are worth more than one start
+_MOST_EDITS = 200_000  # after which `trim` leaves the rest, in schedules of ten thousands of repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,8 @@ def trim(tape: Tape, budget_bytes: int) -> None:
     for op, slot in sorted(tape.repeated(), key=lambda run: (-times_us[run[0]], run)):
         if tape.slots[slot] != op:
             continue
+        if tape.edits > _MOST_EDITS:
+            break
         mark = tape.mark()
         remove(tape, slot)
         if tape.risen_bytes() > limit_bytes:

@@ -37,6 +37,7 @@ class Tape:
         live: bytes in use in each slot [B].
         area: the sum of `live` [B].
         step_us: time of the schedule [µs].
+        edits: how many runs were put in or taken out so far, to bound a search.
     """
 
     def __init__(self, wiring: Wiring, schedule: Schedule, *, gap: int = 0) -> None:
@@ -70,6 +71,7 @@ class Tape:
         self.live = self._live_bytes()
         self.area = int(self.live.sum())
         self.step_us = sum(wiring.times_us[op] for op in schedule.order)
+        self.edits = 0
         self._journal: list[tuple[int, int]] = []  # (op, slot) put in, (~op, slot) taken out
         self._risen = self._nowhere = (self.end + 1, 0)
 
@@ -202,6 +204,7 @@ class Tape:
 
     def _put(self, op: int, slot: int) -> None:
         wiring = self.wiring
+        self.edits += 1
         self.slots[slot] = op
         self.step_us += wiring.times_us[op]
         if wiring.workspace_bytes[op]:
@@ -214,6 +217,7 @@ class Tape:
 
     def _take(self, op: int, slot: int) -> None:
         wiring = self.wiring
+        self.edits += 1
         self.slots[slot] = EMPTY
         self.step_us -= wiring.times_us[op]
         if wiring.workspace_bytes[op]:

@@ -82,7 +82,7 @@ def test_a_comparison_is_not_met_where_a_peer_is_better() -> None:
     better, worse, absent = Rival("", peer, Cost(90, 0.25)), Rival("", peer, Cost(90, 0.5)), Rival("", peer, None)
 
     def is_met(rival: Rival, floor_bytes: int = 50) -> bool:
-        return Comparison("", False, 200, 10, floor_bytes, (rival,)).is_met
+        return Comparison("", 200, 10, floor_bytes, (rival,)).is_met
 
     assert is_met(better)
     assert not is_met(worse)
