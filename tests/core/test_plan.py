@@ -126,6 +126,7 @@ def test_an_order_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -
         Plan.from_json(make_plan().to_json())
 
 
+@pytest.mark.works("errors")
 def test_reading_a_plan_runs_nothing_of_the_file() -> None:
     data = json.loads(make_plan().to_json())
     data["__class__"] = data["graph"]["__reduce__"] = "os.system"
@@ -221,5 +222,6 @@ json_values = st.recursive(
 @given(st.sampled_from(PLACES), json_values)
 @example(("graph", "ops", "time_us", 0), "5")
 @example(("graph", "storages", "size_bytes", 0), 2**63)
+@pytest.mark.works("errors", "damaged and hostile plan files are refused or harmless")
 def test_any_damage_is_refused_or_harmless(path: Path, value: Any) -> None:
     read_or_refuse(damage(path, value))

@@ -1,11 +1,13 @@
 """Run the fuzzer for long: `python -m tests.fuzz --examples 10000 --seed 1`.
 
-Prints each failure with the line that runs it again, and goes on; writes what was run where `--out` says.
+Prints each failure with the line that runs it again, and goes on; writes what was run where `--out` says, also when it
+is interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import sys
@@ -72,7 +74,8 @@ def main() -> int:
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays: measuring collects garbage first, which would look through it all
     run = Run(chosen.examples)
-    run.some(1_000_000 * chosen.seed)
+    with contextlib.suppress(KeyboardInterrupt):
+        run.some(1_000_000 * chosen.seed)
     versions = {"torch": torch.__version__, "hypothesis": hypothesis.__version__}
     record = {**run.counts, "seed": chosen.seed, "versions": versions}
     print(json.dumps(record), *(f"{count:6} {reason}" for reason, count in run.reasons.most_common(20)), sep="\n")

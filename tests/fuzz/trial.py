@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import gc
 import random
 import re
 import warnings
@@ -246,7 +245,6 @@ def _check_peak(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> N
     if planner.latest is None or not _loss_adds_nothing(planner.latest.profile.joint.roles.results):
         return
     _clear(model, inputs, trial)
-    gc.collect()
     measured_bytes = peak_allocated_bytes(lambda: _train(model, inputs, trial), torch.device("cpu"))
     plan = planner.latest.plan
     simulated_bytes = plan.predicted.peak_bytes - plan.graph.static_bytes

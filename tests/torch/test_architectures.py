@@ -34,6 +34,7 @@ def named(name: str) -> Architecture:
 
 
 @pytest.mark.parametrize("name", QUICK)
+@pytest.mark.works("transformers", *QUICK)
 def test_some_at_half_of_the_plain_peak(name: str) -> None:
     optimized, inputs = step_at(named(name), 0.5)
     predicted, measured = api.plan_of(optimized).predicted.peak_bytes, fxckpt.measure(optimized, **inputs).peak_bytes
@@ -57,6 +58,7 @@ def test_all_others_within_the_plain_peak(architecture: Architecture) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated")
+@pytest.mark.works("transformers", "`gradient_checkpointing_enable()` (bypassed, with a warning)")
 def test_gradient_checkpointing_that_is_on_already(use_reentrant: bool) -> None:
     model, inputs = named("Llama").build()
     without = fxckpt.plan(model, "1GB", example_kwargs=inputs, solver="save_all", cost_model="reference")

@@ -256,6 +256,7 @@ def no_gradients(module: Lambda, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("name", FLAT)
+@pytest.mark.works("layers and ops", *FLAT)
 def test_on_rows(name: str) -> None:
     torch.manual_seed(0)
     compare(FLAT[name](), rows(8, 16))
@@ -280,6 +281,7 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.works("layers and ops", *SEQUENCES)
 def test_on_sequences(name: str) -> None:
     torch.manual_seed(0)
     compare(SEQUENCES[name](), rows(2, 6, 16))
@@ -303,12 +305,14 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.works("layers and ops", *IMAGES)
 def test_on_images(name: str) -> None:
     torch.manual_seed(0)
     compare(IMAGES[name](), rows(2, 4, 12, 12))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.works("layers and ops", "the model's own checkpoints (bypassed, with a warning)")
 def test_the_models_own_checkpoints_are_bypassed_and_it_says_so(use_reentrant: bool) -> None:
     torch.manual_seed(0)
     with pytest.warns(CheckpointingBypassedWarning, match="ignores it"):
@@ -332,11 +336,13 @@ VOLUMES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", VOLUMES)
+@pytest.mark.works("layers and ops", *VOLUMES)
 def test_on_volumes(name: str) -> None:
     torch.manual_seed(0)
     compare(VOLUMES[name](), rows(2, 2, 4, 6, 6))
 
 
+@pytest.mark.works("fused attention")
 def test_fused_attention_is_one_op() -> None:
     torch.manual_seed(0)
     graph = fxckpt.plan(Attention(), "1GB", example_inputs=(rows(2, 6, 16),), cost_model="estimate").graph
@@ -347,6 +353,7 @@ def test_fused_attention_is_one_op() -> None:
     ]
 
 
+@pytest.mark.works("fused attention")
 def test_fused_attention_is_kept_rather_than_repeated() -> None:
     """Its output is as large as any of its inputs, and dearer: whoever recomputes little recomputes others first."""
     torch.manual_seed(0)
@@ -357,29 +364,34 @@ def test_fused_attention_is_kept_rather_than_repeated() -> None:
     assert not any("scaled_dot_product" in target for target in repeated)
 
 
+@pytest.mark.works("fused attention")
 def test_attention_by_the_math_kernel() -> None:
     torch.manual_seed(0)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         compare(Attention(0.2), rows(2, 6, 16))
 
 
+@pytest.mark.works("layers and ops")
 def test_tied_weights() -> None:
     torch.manual_seed(0)
     compare(Tied(), torch.arange(20).view(4, 5))
 
 
+@pytest.mark.works("layers and ops", "`nn.Transformer`")
 def test_transformer() -> None:
     torch.manual_seed(0)
     compare(nn.Transformer(16, 4, 1, 1, 32, batch_first=True), rows(2, 6, 16), rows(2, 4, 16))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.works("precision", "models in float64, bfloat16, float16")
 def test_other_precisions(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(16, 32), nn.LayerNorm(32), nn.Dropout(0.15), nn.GELU(), nn.Linear(32, 8))
     compare(layers.to(dtype), rows(8, 16, dtype=dtype))
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_lists_and_dicts_and_none_as_inputs() -> None:
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -395,6 +407,7 @@ def test_lists_and_dicts_and_none_as_inputs() -> None:
     compare(Many(), [rows(8, 16)], {"mask": rows(16) > 0})
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_an_input_changed_in_place() -> None:
     def change(_: Lambda, y: Tensor) -> Tensor:
         return torch.tanh(y)
@@ -416,12 +429,14 @@ def test_an_input_changed_in_place() -> None:
         assert_same_bits(model.linear.weight.grad, twin.linear.weight.grad, "gradient")
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_inputs_that_require_gradients_and_share_memory() -> None:
     torch.manual_seed(0)
     base = rows(16, 16)
     compare(nn.Bilinear(16, 16, 4), base[:8].requires_grad_(), base[8:].requires_grad_())
 
 
+@pytest.mark.works("errors", "sparse gradients of embeddings are refused")
 def test_sparse_gradients_are_right_or_refused() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 16, sparse=True), nn.Linear(16, 4))
@@ -439,12 +454,14 @@ def test_sparse_gradients_are_right_or_refused() -> None:
     assert torch.equal(weights[0].to_dense(), weights[1].to_dense())
 
 
+@pytest.mark.works("errors")
 def test_ops_with_effects_of_their_own_are_refused() -> None:
     model = Lambda(lambda _, y: torch.linalg.solve(y.T @ y + torch.eye(16), y.T))
     with pytest.raises(CaptureError, match=r"effect of its own.*solve_ex"):
         fxckpt.optimize(model, "1GB", example_inputs=(rows(8, 16),))
 
 
+@pytest.mark.works("layers and ops")
 def test_parts_that_torch_compile_would_skip() -> None:
     class Skips(nn.Module):
         def __init__(self) -> None:

@@ -34,6 +34,10 @@ def _nothing_to_collect_in_what_is_imported() -> Iterator[None]:
     suppress_health_check=list(HealthCheck),
 )
 @given(trials())
+@pytest.mark.works(
+    "anything else",
+    "random models of many layers, under random budgets and solvers: outputs, gradients, buffers, random state, peak",
+)
 def test_random_models(trial: Trial) -> None:
     with contextlib.suppress(Refused):
         check(trial)
@@ -211,6 +215,7 @@ FOUND: dict[str, Trial] = {
 
 
 @pytest.mark.parametrize("name", FOUND)
+@pytest.mark.works("anything else", "all that this has found")
 def test_what_was_found(name: str) -> None:
     check(FOUND[name])
 

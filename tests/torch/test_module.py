@@ -69,6 +69,7 @@ def check(model: nn.Module, *args: Any, loss: Callable[[Any], Tensor] = project,
 # What it is
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_it_is_the_model_to_whoever_asks() -> None:
     model = net()
     optimized = thrifty(model, example_inputs=(X,))
@@ -143,6 +144,7 @@ def test_optimizing_twice_is_optimizing_once() -> None:
 # Modes, copies
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_train_and_eval() -> None:
     model, reference = net(), net()
     optimized = thrifty(model)
@@ -180,6 +182,7 @@ def test_another_type_of_number() -> None:
     assert_same_step(run_step(returned, (X.double(),), {}, project), run_step(reference, (X.double(),), {}, project))
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_a_deep_copy_is_optimized_and_independent() -> None:
     optimized = thrifty(net(), example_inputs=(X,))
     twin = copy.deepcopy(optimized)
@@ -191,6 +194,7 @@ def test_a_deep_copy_is_optimized_and_independent() -> None:
     assert_same_step(run_step(twin, (X,), {}, project), plain_step(net(), (X,), {}, project))
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_pickling() -> None:
     optimized = thrifty(net(), example_inputs=(X,))
     twin = pickle.loads(pickle.dumps(optimized))
@@ -207,6 +211,7 @@ def test_saving_the_whole_module_with_torch() -> None:
     assert_same_step(run_step(twin, (X,), {}, project), plain_step(net(), (X,), {}, project))
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_state_dicts_go_both_ways() -> None:
     source, target = thrifty(net()), thrifty(Net())
     target.load_state_dict(source.state_dict())
@@ -216,6 +221,7 @@ def test_state_dicts_go_both_ways() -> None:
 # Signatures
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_a_new_shape_is_captured_anew() -> None:
     optimized = thrifty(net())
     for batch in (16, 3, 16, 7):
@@ -241,6 +247,7 @@ def test_arguments_that_are_no_tensors(args: Any, kwargs: Any) -> None:
     assert_same_step(run_step(optimized, args, kwargs, project), plain_step(net(), args, kwargs, project))
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_values_of_arguments_are_part_of_the_signature() -> None:
     optimized = thrifty(net().eval())
     assert torch.equal(optimized(X, 2.0), net().eval()(X, 2.0))
@@ -253,6 +260,7 @@ def test_strides_and_types_of_inputs() -> None:
     check(nn.Embedding(10, 4), torch.tensor([1, 2, 2]))
 
 
+@pytest.mark.works("precision", "autocast outside of the model, turned on and off")
 def test_autocast_is_part_of_the_signature() -> None:
     optimized, reference = thrifty(net()), net()
     for enabled in (False, True, False):
@@ -282,6 +290,7 @@ class Picky(nn.Module):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.works("inputs, outputs, state")
 def test_without_gradients_the_plain_forward_runs(context: Callable[[], Any]) -> None:
     model = Picky()
     optimized = fxckpt.optimize(model, "1GB")
@@ -358,6 +367,7 @@ def same_structure(ours: Any, theirs: Any) -> None:
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.works("inputs, outputs, state", *FORMS)
 def test_outputs_keep_their_structure(name: str) -> None:
     form, loss = FORMS[name]
     torch.manual_seed(0)
@@ -366,6 +376,7 @@ def test_outputs_keep_their_structure(name: str) -> None:
     check(model, X, loss=loss)
 
 
+@pytest.mark.works("transformers", "outputs of the model's own type")
 def test_outputs_of_transformers() -> None:
     model, args, kwargs = case("bert").build()
     model.eval()
@@ -376,6 +387,7 @@ def test_outputs_of_transformers() -> None:
     assert torch.equal(ours[0], ours.loss)
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_identity_of_outputs_and_inputs() -> None:
     class Passes(nn.Module):
         def __init__(self) -> None:
@@ -396,6 +408,7 @@ def test_identity_of_outputs_and_inputs() -> None:
 # What can't be captured
 
 
+@pytest.mark.works("errors")
 def test_control_flow_on_values_is_named_with_its_line() -> None:
     lines, start = inspect.getsourcelines(Picky.forward)
     number = start + next(i for i, line in enumerate(lines) if "# this line" in line)
@@ -440,6 +453,7 @@ class Raises(nn.Module):
 
 
 @pytest.mark.parametrize("make", [Picky, Remembers, Unfit])
+@pytest.mark.works("errors")
 def test_a_failed_optimize_leaves_the_model_as_it_was(make: type[nn.Module]) -> None:
     model = make()
     before = dict(vars(model))
@@ -478,6 +492,7 @@ def test_what_forward_prepares_when_it_first_runs_is_undone_after_capture() -> N
 
 
 @pytest.mark.parametrize("place", ["a dictionary", "a buffer", "an attribute"])
+@pytest.mark.works("errors")
 def test_a_tensor_that_forward_stores_is_refused_wherever_it_is(place: str) -> None:
     class Stores(nn.Module):
         last: Tensor
@@ -502,6 +517,9 @@ def test_a_tensor_that_forward_stores_is_refused_wherever_it_is(place: str) -> N
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("the model's own")])
+@pytest.mark.works(
+    "threads, processes, interrupts", "an exception or interrupt during capture leaves the model as it was"
+)
 def test_an_exception_during_capture_leaves_the_model_as_it_was(error: BaseException) -> None:
     model = Raises()
     model.error = error
@@ -524,6 +542,7 @@ def test_forms_of_a_budget(budget: Any) -> None:
 @pytest.mark.parametrize(
     "budget", ["", "much", "-1GB", 0, -5, 0.0, -0.5, 1.5, float("nan"), float("inf"), True, [], None]
 )
+@pytest.mark.works("errors", "budgets that make no sense")
 def test_what_is_no_budget(budget: Any) -> None:
     with pytest.raises(BudgetError):
         api.plan(net(), budget, example_inputs=(X,))
@@ -600,6 +619,7 @@ def test_a_plan_can_be_saved_and_applied() -> None:
     assert_same_step(run_step(optimized, args, kwargs, project), expected)
 
 
+@pytest.mark.works("errors")
 def test_a_plan_for_another_graph() -> None:
     plan = api.plan(net(), "1GB", example_inputs=(X,))
     with pytest.raises(PlanMismatchError, match=plan.fingerprint):
@@ -608,6 +628,7 @@ def test_a_plan_for_another_graph() -> None:
         fxckpt.optimize(MLP(2, 32), plan=plan)(X)
 
 
+@pytest.mark.works("errors")
 def test_a_budget_below_the_floor_says_so_at_the_first_call_too() -> None:
     optimized = fxckpt.optimize(net(), "1KB")
     with pytest.raises(InfeasibleBudgetError):
@@ -616,6 +637,7 @@ def test_a_budget_below_the_floor_says_so_at_the_first_call_too() -> None:
         optimized(X)
 
 
+@pytest.mark.works("inputs, outputs, state")
 def test_a_module_without_parameters_that_require_grad() -> None:
     class Doubles(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.works("training loops", *OPTIMIZERS)
 def test_twenty_steps(name: str) -> None:
     def train(model: nn.Module) -> None:
         optimizer = OPTIMIZERS[name](model.parameters())
@@ -88,6 +89,7 @@ def test_twenty_steps(name: str) -> None:
     each(train)
 
 
+@pytest.mark.works("training loops")
 def test_accumulation_zeroing_in_place_clipping_and_a_schedule() -> None:
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -103,6 +105,7 @@ def test_accumulation_zeroing_in_place_clipping_and_a_schedule() -> None:
     each(train)
 
 
+@pytest.mark.works("training loops")
 def test_validation_other_sizes_and_modes_in_between() -> None:
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -122,6 +125,7 @@ def test_validation_other_sizes_and_modes_in_between() -> None:
     each(train)
 
 
+@pytest.mark.works("training loops")
 def test_freezing_and_unfreezing() -> None:
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -136,6 +140,7 @@ def test_freezing_and_unfreezing() -> None:
     each(train)
 
 
+@pytest.mark.works("training loops")
 def test_loading_a_state_dict_and_going_on_with_an_average_of_the_weights() -> None:
     def train(model: nn.Module) -> None:
         average = torch.optim.swa_utils.AveragedModel(model)
@@ -153,6 +158,7 @@ def test_loading_a_state_dict_and_going_on_with_an_average_of_the_weights() -> N
     each(train)
 
 
+@pytest.mark.works("training loops")
 def test_an_average_of_the_weights_in_a_deep_copy_that_goes_on_training() -> None:
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -172,6 +178,7 @@ def test_an_average_of_the_weights_in_a_deep_copy_that_goes_on_training() -> Non
     each(train)
 
 
+@pytest.mark.works("precision", "`GradScaler`")
 def test_a_scaled_loss() -> None:
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -190,6 +197,7 @@ def test_a_scaled_loss() -> None:
 # Gradients as eager gives them
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_outputs_that_nobody_differentiates_leave_no_gradient() -> None:
     def train(model: nn.Module) -> None:
         for number, use in enumerate(((0,), (1,), (0, 1), (0,))):
@@ -202,6 +210,7 @@ def test_outputs_that_nobody_differentiates_leave_no_gradient() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_weight_decay_leaves_unused_weights_alone() -> None:
     def train(model: nn.Module) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.5)
@@ -213,6 +222,7 @@ def test_weight_decay_leaves_unused_weights_alone() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_two_backward_passes_through_one_forward() -> None:
     def train(model: nn.Module) -> None:
         left, right = model(batch(0))
@@ -222,6 +232,7 @@ def test_two_backward_passes_through_one_forward() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them", "the same loss twice by `retain_graph`")
 def test_the_same_loss_twice() -> None:
     def train(model: nn.Module) -> None:
         loss = both(model(batch(0)))
@@ -240,6 +251,7 @@ def test_a_second_backward_without_retain_graph_is_an_error_as_in_eager() -> Non
             project(outputs[0]).backward()
 
 
+@pytest.mark.works("gradients as eager gives them", "`torch.autograd.grad` on parts")
 def test_gradients_on_request() -> None:
     def train(model: nn.Module) -> None:
         x = batch(0).requires_grad_()
@@ -253,6 +265,7 @@ def test_gradients_on_request() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_gradients_of_inputs() -> None:
     grads = []
     for model in pair():
@@ -271,6 +284,7 @@ def test_an_input_that_sometimes_requires_grad() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_several_forwards_before_their_backwards() -> None:
     def train(model: nn.Module) -> None:
         losses = [both(model(batch(number))) for number in range(3)]
@@ -290,6 +304,7 @@ def test_a_forward_without_backward_leaves_nothing() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them", "double backward is refused, with a reason")
 def test_double_backward_is_refused_or_right() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1))
@@ -307,6 +322,7 @@ def test_double_backward_is_refused_or_right() -> None:
     assert_same_bits(grads[1], grads[0], "second derivative")
 
 
+@pytest.mark.works("errors")
 def test_changing_a_parameter_between_forward_and_backward_is_an_error_as_in_eager() -> None:
     for model in pair():
         loss = both(model(batch(0)))
@@ -319,6 +335,7 @@ def test_changing_a_parameter_between_forward_and_backward_is_an_error_as_in_eag
 # Hooks
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_parameter_hooks_run_once_each_and_while_backward_goes_on() -> None:
     torch.manual_seed(0)
     model, args, _ = case("gpt").build()
@@ -343,6 +360,7 @@ def test_parameter_hooks_run_once_each_and_while_backward_goes_on() -> None:
     assert len(set(without)) > 3, "gradients came in bulk"
 
 
+@pytest.mark.works("training loops")
 def test_an_optimizer_inside_backward() -> None:
     def train(model: nn.Module) -> None:
         optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
@@ -361,6 +379,7 @@ def test_an_optimizer_inside_backward() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_tensor_hooks_change_gradients() -> None:
     def train(model: nn.Module) -> None:
         handle = model.get_parameter("trunk.0.weight").register_hook(lambda gradient: gradient * 3)
@@ -370,6 +389,7 @@ def test_tensor_hooks_change_gradients() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_hooks_on_outputs() -> None:
     def train(model: nn.Module) -> None:
         left, right = model(batch(0))
@@ -390,6 +410,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.works("gradients as eager gives them")
 def test_gradients_arrive_in_any_layout(name: str) -> None:
     def train(model: nn.Module) -> None:
         left, right = model(batch(0))
@@ -398,6 +419,7 @@ def test_gradients_arrive_in_any_layout(name: str) -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_an_output_changed_in_place() -> None:
     def train(model: nn.Module) -> None:
         left, right = model(batch(0))
@@ -407,6 +429,7 @@ def test_an_output_changed_in_place() -> None:
     each(train)
 
 
+@pytest.mark.works("gradients as eager gives them")
 def test_hooks_on_the_root_module() -> None:
     def train(model: nn.Module) -> None:
         calls: list[str] = []
@@ -435,6 +458,7 @@ HOOKS: dict[str, Callable[[nn.Module, list[str]], Any]] = {
 
 @pytest.mark.parametrize("before", [True, False], ids=["before optimize", "after a step"])
 @pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.works("errors", "hooks on inner modules are refused, never ignored")
 def test_hooks_on_inner_modules_run_or_are_refused_never_ignored(kind: str, before: bool) -> None:
     torch.manual_seed(0)
     model = Net()
@@ -480,6 +504,7 @@ def live_tensors() -> int:
     return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
 
 
+@pytest.mark.works("errors")
 def test_a_failure_inside_backward_leaves_a_model_that_works() -> None:
     def train(model: nn.Module) -> None:
         def fail(_: Tensor) -> None:
@@ -495,6 +520,7 @@ def test_a_failure_inside_backward_leaves_a_model_that_works() -> None:
     each(train)
 
 
+@pytest.mark.works("threads, processes, interrupts")
 def test_an_interrupt_while_planning_leaves_a_model_that_works() -> None:
     _, model = pair()
     twin = copy.deepcopy(model)
@@ -516,6 +542,7 @@ def test_an_interrupt_while_planning_leaves_a_model_that_works() -> None:
     same_state(model, twin)
 
 
+@pytest.mark.works("threads, processes, interrupts")
 def test_two_models_in_two_threads() -> None:
     failures: list[BaseException] = []
 
@@ -556,6 +583,7 @@ def test_nothing_leaks(retain: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.works("training loops")
 def test_a_thousand_steps_leave_as_many_objects_as_a_hundred() -> None:
     optimized, _ = pair()
     optimizer = torch.optim.AdamW(optimized.parameters())
@@ -571,6 +599,7 @@ def test_a_thousand_steps_leave_as_many_objects_as_a_hundred() -> None:
     assert counts[1][1] <= counts[0][1] + 10  # the list of counts itself, and what Python caches
 
 
+@pytest.mark.works("training loops")
 def test_saved_tensors_go_without_the_garbage_collector() -> None:
     optimized, _ = pair()
     for number in range(2):  # gradients fresh, then allocated: a program for each

@@ -51,6 +51,7 @@ def verified(model: nn.Module, **options: Any) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["gpt_dropout", "unet"])
+@pytest.mark.works("`verify=True`")
 def test_a_right_step_passes_and_leaves_the_model_alone(name: str) -> None:
     subject = case(name)
     model, args, kwargs = subject.build()
@@ -134,6 +135,7 @@ def spoil(module: fx.GraphModule, target: Any, suffix: str = "") -> str:
         ("backward", aten.addmm.default, "_again"),
     ],
 )
+@pytest.mark.works("`verify=True`")
 def test_a_wrong_op_of_an_emitted_graph_is_named(half: str, target: Any, suffix: str) -> None:
     names = []
 
@@ -151,6 +153,7 @@ def test_a_wrong_op_of_an_emitted_graph_is_named(half: str, target: Any, suffix:
     run_step(model, (x,), {}, lambda outputs: project(outputs[0]))
 
 
+@pytest.mark.works("`verify=True`")
 def test_a_wrong_op_of_the_captured_graph_is_named() -> None:
     clean = cleanup.clean
 
@@ -182,6 +185,7 @@ class Moody(nn.Module):
         return torch.sin(y)
 
 
+@pytest.mark.works("`verify=True`")
 def test_a_model_that_is_another_one_while_it_is_captured() -> None:
     _, x = net()
     with pytest.raises(VerificationError, match=r"output 0 .*first op that differs is sin") as caught:
@@ -204,6 +208,7 @@ class Forgetful(nn.Module):
 numbers = iter(range(1, 100))
 
 
+@pytest.mark.works("`verify=True`")
 def test_a_model_that_differs_from_itself() -> None:
     _, x = net()
     with pytest.raises(VerificationError, match="plain model gives other results when it runs a second time"):

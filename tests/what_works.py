@@ -1,0 +1,73 @@
+"""README's table of what works, written by the tests that prove it: `python -m tests.what_works`.
+
+A test says by `@pytest.mark.works(row, text)` which row it belongs to, and what it shows; its name says that where no
+text is given. Several texts are several things shown.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- written by python -m tests.what_works -->", "<!-- end -->"
+
+ROWS: dict[str, str] = {
+    "training loops": "",
+    "gradients as eager gives them": "",
+    "layers and ops": "",
+    "inputs, outputs, state": "",
+    "precision": "",
+    "fused attention": "",
+    "transformers": "more in `benchmarks/results/architectures.md`, with the reason where one does not",
+    "errors": "",
+    "`verify=True`": "",
+    "threads, processes, interrupts": "",
+    "anything else": "",
+}
+"""The rows, and what is added to them by hand."""
+
+
+def shown() -> dict[str, list[str]]:
+    """For each row what its tests show, in the order of files and lines."""
+    found: dict[str, list[str]] = {row: [] for row in ROWS}
+    for folder in ("core", "torch"):
+        for path in sorted((ROOT / "tests" / folder).glob("test_*.py")):
+            for row, texts in _marks(f"tests.{folder}.{path.stem}"):
+                found[row] += texts
+    return found
+
+
+def _marks(module: str) -> Iterator[tuple[str, list[str]]]:
+    for name, function in vars(importlib.import_module(module)).items():
+        for mark in getattr(function, "pytestmark", ()):
+            if name.startswith("test_") and mark.name == "works":
+                row, *texts = mark.args
+                yield row, texts or [name.removeprefix("test_").replace("_", " ")]
+
+
+def table() -> str:
+    """The table in markdown."""
+    notes = {**ROWS, "anything else": _of_the_long_run()}
+    rows = [(row, "; ".join((*texts, *filter(None, [notes[row]])))) for row, texts in shown().items()]
+    return "\n".join(f"| {row} | {cell} |" for row, cell in (("what", "each shown by a test"), ("---", "---"), *rows))
+
+
+def _of_the_long_run() -> str:
+    """What `python -m tests.fuzz --out` has written."""
+    record = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text(encoding="utf-8"))
+    failures = f"{record['failures']} failures" if record["failures"] else "no failure"
+    return f"{record['examples']:,} of them in one run with {failures} (`benchmarks/results/fuzz.json`)"
+
+
+def with_table(readme: str) -> str:
+    """README with the table in its place."""
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table()}\n\n{END}", readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
