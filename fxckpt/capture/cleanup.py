@@ -144,7 +144,8 @@ def _merge_views(graph: fx.Graph) -> None:
     first: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        if node.op == "output" or type(value) is tuple or not isinstance(value, torch.Tensor):
+        is_unread = node.op == "placeholder" and not node.users  # a tangent that nobody gives shares its output's memory
+        if node.op == "output" or is_unread or type(value) is tuple or not isinstance(value, torch.Tensor):
             continue
         if value.layout is not torch.strided:
             continue

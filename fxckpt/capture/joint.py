@@ -31,6 +31,7 @@ from fxckpt.capture.kernels import own_kernels
 from fxckpt.capture.layout import LAID_OUT
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
+from fxckpt.capture.strides import right_strides
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.traces import Place, unchanged
 from fxckpt.errors import CaptureError
@@ -195,6 +196,8 @@ def capture(
         Provenance(modules),
         contextlib.ExitStack() as stack,
     ):
+        if device.type != "cuda":
+            stack.enter_context(right_strides())
         stack.enter_context(_backward_from(traced, tangents))
         joint = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs

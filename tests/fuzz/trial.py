@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxckpt
+from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result
 from fxckpt.capture.structure import take_apart
 from fxckpt.errors import CaptureError, RuntimeContractError
@@ -191,7 +192,7 @@ def _step(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial, seed: int)
     outputs = _train(model, inputs, trial)
     left: Left = {f"output {i}": output for i, output in enumerate(outputs)}
     left |= {f"requires_grad of output {i}": torch.tensor(output.requires_grad) for i, output in enumerate(outputs)}
-    left |= {f"layout of output {i}": torch.tensor(output.stride()) for i, output in enumerate(outputs)}
+    left |= {f"layout of output {i}": torch.tensor(layout_of(output)) for i, output in enumerate(outputs)}
     left |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
     returned = {output.untyped_storage()._cdata for output in outputs}
     also_outside = [x.requires_grad and x.untyped_storage()._cdata in returned for x in inputs]

@@ -1,0 +1,84 @@
+"""Kernels whose results torch describes in a wrong layout, and what layout they have.
+
+While a graph is traced nothing is computed; a description of each op tells shapes and strides. For some it is derived
+from other ops than the kernel is made of, and tells other strides where gradients come in another layout than values:
+then copies would be traced that eager does not make, and others left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
+
+aten = torch.ops.aten
+
+
+def _as_product(*args: Any) -> Tensor:
+    """As elementwise kernels of two tensors do."""
+    first, second = [x for x in args if isinstance(x, Tensor)][:2]
+    return torch.mul(first, second)
+
+
+def _contiguous(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _as_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
+    aten.native_dropout_backward.default: _as_product,
+    aten.elu_backward.default: _as_product,
+    aten.hardsigmoid_backward.default: _as_product,
+    aten.hardswish_backward.default: _as_product,
+    aten.hardtanh_backward.default: _as_product,
+    aten.logit_backward.default: _as_product,
+    aten.softplus_backward.default: _as_product,
+    aten.huber_loss_backward.default: _contiguous,
+    aten.mse_loss_backward.default: _contiguous,
+    aten.smooth_l1_loss_backward.default: _contiguous,
+    aten._log_softmax_backward_data.default: _contiguous,
+    aten.native_layer_norm_backward.default: _contiguous,
+    aten.native_batch_norm_backward.default: _as_second,
+    aten.native_group_norm_backward.default: _as_second,
+}
+"""From an op's arguments to a tensor with the strides of its (first) result on CPU."""
+
+
+@contextlib.contextmanager
+def right_strides() -> Iterator[None]:
+    """Let the descriptions of these ops be right."""
+    shortcuts = {op: decomposition_table.pop(op) for op in LAID_OUT_LIKE}
+    before = {op: op.py_kernels[DispatchKey.Meta] for op in LAID_OUT_LIKE}
+    for op, rule in LAID_OUT_LIKE.items():
+        _describe(op, functools.partial(_corrected, before[op], rule))
+    try:
+        yield
+    finally:
+        decomposition_table.update(shortcuts)  # type: ignore[arg-type]
+        for op, description in before.items():
+            _describe(op, description)
+
+
+def _describe(op: OpOverload, description: Callable[..., Any]) -> None:
+    op.py_kernels[DispatchKey.Meta] = description
+    op._dispatch_cache.clear()
+
+
+def _corrected(description: Callable[..., Any], rule: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
+    results = description(*args, **kwargs)
+    first = results[0] if isinstance(results, tuple) else results
+    if first is None:
+        return results
+    right = first.new_empty_strided(first.shape, rule(*args).stride())
+    return (right, *results[1:]) if isinstance(results, tuple) else right

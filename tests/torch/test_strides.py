@@ -1,0 +1,79 @@
+"""Results of kernels are described in the layout that the kernels give them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxckpt.capture.strides import LAID_OUT_LIKE, right_strides
+
+aten = torch.ops.aten
+Result = Tensor | tuple[Tensor, ...]
+
+FIRST = [True, False, False]
+CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
+    aten.native_dropout_backward.default: lambda op, g, x: op(g, x > 0, 2.0),
+    aten.elu_backward.default: lambda op, g, x: op(g, 1.0, 1.0, 1.0, False, x),
+    aten.hardsigmoid_backward.default: lambda op, g, x: op(g, x),
+    aten.hardswish_backward.default: lambda op, g, x: op(g, x),
+    aten.hardtanh_backward.default: lambda op, g, x: op(g, x, -1, 1),
+    aten.logit_backward.default: lambda op, g, x: op(g, x),
+    aten.softplus_backward.default: lambda op, g, x: op(g, x, 1, 20),
+    aten.huber_loss_backward.default: lambda op, g, x: op(g, x, x, 0, 1.0),
+    aten.mse_loss_backward.default: lambda op, g, x: op(g, x, x, 0),
+    aten.smooth_l1_loss_backward.default: lambda op, g, x: op(g, x, x, 0, 1.0),
+    aten._log_softmax_backward_data.default: lambda op, g, x: op(g, x, -1, torch.float32),
+    aten.native_layer_norm_backward.default: lambda op, g, x: op(
+        g, x, [8], x.new_zeros(16, 4, 8, 1), x.new_zeros(16, 4, 8, 1), None, None, FIRST
+    ),
+    aten.native_batch_norm_backward.default: lambda op, g, x: op(
+        g, x, None, None, None, x.new_zeros(4), x.new_zeros(4), True, 1e-5, FIRST
+    ),
+    aten.native_group_norm_backward.default: lambda op, g, x: op(
+        g.contiguous(),
+        x.contiguous(memory_format=torch.channels_last),
+        *(x.new_zeros(16, 2),) * 2,
+        None,
+        16,
+        4,
+        64,
+        2,
+        FIRST,
+    ),
+}
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+}
+
+
+def strides(call: Callable[[Any, Tensor, Tensor], Result], op: OpOverload, g: Tensor, x: Tensor) -> tuple[int, ...]:
+    result = call(op, g, x)
+    return (result[0] if isinstance(result, tuple) else result).stride()
+
+
+@pytest.mark.parametrize("values", LAYOUTS)
+@pytest.mark.parametrize("gradients", LAYOUTS)
+@pytest.mark.parametrize("op", LAID_OUT_LIKE, ids=str)
+def test_strides_are_those_of_the_kernel(op: OpOverload, gradients: str, values: str) -> None:
+    g, x = LAYOUTS[gradients](torch.rand(16, 4, 8, 8)), LAYOUTS[values](torch.rand(16, 4, 8, 8))
+    mode = FakeTensorMode()
+    with right_strides(), enable_python_dispatcher(), mode:
+        told = strides(CALLS[op], op, mode.from_tensor(g), mode.from_tensor(x))
+    assert told == strides(CALLS[op], op, g, x)
+
+
+def test_what_torch_tells_otherwise_is_left_as_it_was() -> None:
+    before = [op.py_kernels.copy() for op in LAID_OUT_LIKE]
+    with pytest.raises(KeyboardInterrupt), right_strides():
+        raise KeyboardInterrupt
+    assert [op.py_kernels for op in LAID_OUT_LIKE] == before
