@@ -210,6 +210,15 @@ FOUND: dict[str, Trial] = {
         ),
         "save_all",
     ),
+    "one of two parts of an input is differentiated": Trial(
+        Program(
+            (Input("rows"), *GIVEN_ROWS),
+            (Line("linear", (0,)), Line("similarities", (2, 1))),
+            (Output(3, "transposed"), Output(1, "chunks")),
+        ),
+        "save_all",
+        unused=2,
+    ),
 }
 """Failures that the fuzzer has found, each repaired and now a test."""
 
