@@ -144,8 +144,8 @@ def _merge_views(graph: fx.Graph) -> None:
     first: dict[tuple[Any, ...], fx.Node] = {}
     for node in list(graph.nodes):
         value = node.meta.get("val")
-        is_unread = node.op == "placeholder" and not node.users  # a tangent that nobody gives shares its output's memory
-        if node.op == "output" or is_unread or type(value) is tuple or not isinstance(value, torch.Tensor):
+        nobody_gives = node.op == "placeholder" and not node.users  # such a tangent shares its output's memory
+        if node.op == "output" or nobody_gives or type(value) is tuple or not isinstance(value, torch.Tensor):
             continue
         if value.layout is not torch.strided:
             continue
