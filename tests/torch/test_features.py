@@ -391,6 +391,19 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     compare(layers.to(dtype), rows(8, 16, dtype=dtype))
 
 
+@pytest.mark.works("precision", "autocast casts each parameter once, for forward and backward")
+def test_parameters_are_cast_once() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.GELU(), nn.Linear(64, 64), nn.GELU(), shared, nn.GELU(), nn.Linear(64, 64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        graph = fxckpt.plan(model, "1GB", example_inputs=(rows(512, 64),), cost_model="reference").graph
+    given = {i for i, storage in enumerate(graph.storages) if storage.kind == "parameter"}
+    cast = [op.reads for op in graph.ops if op.target == "aten._to_copy.default" and given & {*op.reads}]
+    assert sorted(cast) == sorted((i,) for i in given)
+    assert len(given) == len(list(model.parameters()))
+
+
 @pytest.mark.works("inputs, outputs, state")
 def test_lists_and_dicts_and_none_as_inputs() -> None:
     class Many(nn.Module):
