@@ -57,7 +57,7 @@ class Peer:
 class Compiled:
     """A model under `torch.compile` with a setting of `activation_memory_budget`, backend "aot_eager".
 
-    It counts its FLOPs from the graphs that it compiles: under a dispatch mode, compiled functions fall back to eager.
+    It counts its FLOPs from the graphs that run: under a dispatch mode, compiled functions fall back to eager.
     """
 
     def __init__(self, model: nn.Module, budget: float) -> None:
@@ -72,8 +72,15 @@ class Compiled:
             return self._compiled(*args, **kwargs)
 
     def _count(self, module: fx.GraphModule, inputs: list[Any]) -> Forward:
-        self.flops += sum(count_flops(node) for node in module.graph.nodes if node.op == "call_function")
-        return boxed_nop(module, inputs)
+        flops = sum(count_flops(node) for node in module.graph.nodes if node.op == "call_function")
+        run = boxed_nop(module, inputs)
+
+        def counted(boxed: list[Any]) -> Any:
+            self.flops += flops
+            return run(boxed)
+
+        counted._boxed_call = True  # type: ignore[attr-defined]
+        return counted
 
 
 def applied(case: Case, apply: Callable[[nn.Module], Forward]) -> TrainingStep:
@@ -86,7 +93,11 @@ def applied(case: Case, apply: Callable[[nn.Module], Forward]) -> TrainingStep:
 
 def run_flops(step: TrainingStep) -> int:
     """FLOPs of the matrix products, convolutions and attention that a step runs; it must be warm."""
-    return step.forward.flops if isinstance(step.forward, Compiled) else flops_of(step)
+    if not isinstance(step.forward, Compiled):
+        return flops_of(step)
+    before = step.forward.flops
+    step.run()
+    return step.forward.flops - before
 
 
 def peers(model: nn.Module, blocks: Sequence[str], is_chain: bool, budgets: Sequence[float]) -> Iterator[Peer]:
