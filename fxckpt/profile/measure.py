@@ -31,9 +31,9 @@ _TIME_US: dict[tuple[str, int], float] = {}
 
 
 def measure_private(nodes: Iterable[fx.Node]) -> None:
-    """Find the sizes of buffers in a private format, and correct what was traced."""
+    """Find the sizes of buffers in a private format, read or not, and correct what was traced."""
     with torch.no_grad(), torch.random.fork_rng():
-        for recurrent in {n for node in nodes for source in node.all_input_nodes if (n := private.producer(source))}:
+        for recurrent in filter(private.is_producer, nodes):
             call = _Call.of(recurrent)
             if call is not None:
                 private.correct_sizes(recurrent, call.run())

@@ -15,12 +15,18 @@ from fxckpt.capture.effects import is_selection
 _PRIVATE = ("_rnn_layer", "_cudnn_rnn", "_miopen_rnn")
 
 
+def is_producer(node: fx.Node) -> bool:
+    """Whether an op is a recurrent kernel that writes such a buffer."""
+    name = str(node.target)
+    return any(part in name for part in _PRIVATE) and "backward" not in name
+
+
 def producer(source: fx.Node) -> fx.Node | None:
     """The recurrent op whose private buffer a node picks, or None for other nodes. Made-up contents crash backward."""
     if not is_selection(source) or source.meta["val"].dtype is not torch.uint8:
         return None
     node = source.all_input_nodes[0]
-    return node if any(name in str(node.target) for name in _PRIVATE) else None
+    return node if is_producer(node) else None
 
 
 def correct_sizes(node: fx.Node, outputs: Any) -> None:

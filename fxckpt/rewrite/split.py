@@ -176,7 +176,7 @@ class Writer:
         """The emitted node that holds the value of a captured node; views are made anew where they are missing."""
         if substitutes and node in substitutes:
             return substitutes[node]
-        stale = substitutes is not None and any(n in substitutes for n in _ancestry(node))
+        stale = substitutes is not None and any(n in substitutes for n in self._viewed(node))
         if node in self._values and not stale:
             return self._values[node]
         if not stale and (node.op == "placeholder" or self._comes_from_before(node)):
@@ -193,6 +193,14 @@ class Writer:
             return emitted
         self.place(node, emitted)
         return emitted
+
+    def _viewed(self, node: fx.Node) -> set[fx.Node]:
+        """A node and all that it is a view of."""
+        found = {node}
+        if node.op == "call_function" and (node not in self._profile.map.writes or is_selection(node)):
+            for source in node.all_input_nodes:
+                found |= self._viewed(source)
+        return found
 
     def _comes_from_before(self, node: fx.Node) -> bool:
         is_tensor = node in self._profile.map.behind  # a list of views is made anew, not handed over
@@ -361,15 +369,6 @@ def _storages_viewed(profile: Profile, node: fx.Node) -> set[int]:
     if node.op != "call_function" or node in profile.map.writes:
         return set()
     return {profile.map.behind[source] for source in node.all_input_nodes if source in profile.map.behind}
-
-
-def _ancestry(node: fx.Node) -> set[fx.Node]:
-    """A node and all that it is computed from by views alone."""
-    found = {node}
-    if node.op == "call_function":
-        for source in node.all_input_nodes:
-            found |= _ancestry(source)
-    return found
 
 
 def _device(node: fx.Node) -> str:

@@ -219,6 +219,26 @@ FOUND: dict[str, Trial] = {
         "save_all",
         unused=2,
     ),
+    "a repeated op reads a changed buffer and what was computed from it": Trial(
+        Program(
+            (Input("image"),),
+            (Line("conv2d", (0,)), Line("running instance norm", (1,))),
+            (Output(2),),
+            "bfloat16",
+            Sizes(batch=64, length=1, width=6),
+        ),
+        "random",
+        0.5,
+        allocated=True,
+        backward="twice",
+        autocast=True,
+        hooks=True,
+    ),
+    "a recurrent kernel whose buffer nobody reads": Trial(
+        Program((Input("ids"),), (Line("embedding", (0,)), Line("LSTM", (1,))), (Output(2), Output(1)), sizes=WIDE),
+        "save_all",
+        unused=1,
+    ),
 }
 """Failures that the fuzzer has found, each repaired and now a test."""
 
