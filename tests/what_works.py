@@ -59,7 +59,8 @@ def table() -> str:
 def _of_the_long_run() -> str:
     """What `python -m tests.fuzz --out` has written."""
     record = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text(encoding="utf-8"))
-    failures = f"{record['failures']} failures" if record["failures"] else "no failure"
+    count = record["failures"]
+    failures = f"{count} {'failure' if count == 1 else 'failures'}, see Limits" if count else "no failure"
     return f"{record['examples']:,} of them in one run with {failures} (`benchmarks/results/fuzz.json`)"
 
 
