@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxckpt
 from fxckpt.errors import CaptureError, CheckpointingBypassedWarning
+from tests.fuzz.layers import Twice
 from tests.models import project
 from tests.training import assert_same_bits, assert_same_step, run_step
 
@@ -129,24 +130,6 @@ class Tied(nn.Module):
         return y
 
 
-class Cube(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> Tensor:
-        (x,) = ctx.saved_tensors
-        gradient: Tensor = gradients[0] * x * 2  # not the derivative, on purpose: whose backward runs shows
-        return gradient
-
-    @staticmethod
-    def of(x: Tensor) -> Tensor:
-        y: Tensor = Cube.apply(x)  # type: ignore[no-untyped-call]
-        return y
-
-
 class Counter(nn.Module):
     """A buffer that forward reads, changes and reads again."""
 
@@ -225,7 +208,7 @@ FLAT: dict[str, Callable[[], nn.Module]] = {
     "where and masks": lambda: Lambda(lambda _, y: torch.where(y > 0, y.exp(), y).masked_fill(y > 1, 0.0)),
     "views": lambda: Lambda(lambda _, y: tuple(v.T for v in torch.tanh(y).chunk(3, 1))),
     "outputs without gradients": lambda: Lambda(lambda _, y: (y.exp(), y.argmax(1), y.detach() * 2)),
-    "custom function": lambda: Lambda(lambda _, y: Cube.of(torch.tanh(y)) * y),
+    "custom function": lambda: Lambda(lambda _, y: Twice.of(torch.tanh(y)) * y),
     "stop gradient": lambda: Lambda(lambda _, y: torch.tanh(y) * torch.tanh(y).detach()),
     "part without gradients": lambda: Lambda(lambda m, y: y * no_gradients(m, y)),
     "alpha dropout": lambda: nn.Sequential(nn.Linear(16, 16), nn.SELU(), nn.AlphaDropout(0.15)),
