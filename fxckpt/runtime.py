@@ -80,12 +80,12 @@ def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
 
 
 def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
-    base = outputs[result.index] if result.kind.endswith("output") else given[result.index]
-    if result.alias is None:
+    if result.kind == "output":
+        return outputs[result.index]
+    base, alias = given[result.index], result.alias
+    if alias is None:
         return base
-    return gen_alias_from_base(
-        base, result.example, result.alias.requires_grad, result.alias.view_meta_sequence, replay_views=True
-    )
+    return gen_alias_from_base(base, result.example, alias.requires_grad, alias.view_meta_sequence, replay_views=True)
 
 
 @contextlib.contextmanager
@@ -124,7 +124,7 @@ class _Step:
         self._given_versions = [self._given[i]._version for i in emitted.given]
         first, last = len(updated), len(updated) + len(roles.outputs)
         self._saved = list(values[last:])
-        return values[first:last]
+        return _sharing_memory(values[first:last], [role.requires_grad for role in roles.outputs])
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         """Remember the versions of the outputs that backward reads."""
@@ -200,6 +200,27 @@ class _Step:
     def stage_count(self) -> int:
         """How many stages backward has."""
         return len(self._program.emitted.stages)
+
+
+def _sharing_memory(outputs: Sequence[torch.Tensor], require_grad: Sequence[bool]) -> tuple[torch.Tensor, ...]:
+    """The outputs, autograd knowing which share memory: it refuses to change one in place where others are views of it.
+
+    Those whose elements are of another form (views as real numbers, conjugates) are left alone.
+    """
+    first: dict[int, torch.Tensor] = {}
+    known = []
+    for output, requires_grad in zip(outputs, require_grad, strict=True):
+        base = first.setdefault(output.untyped_storage()._cdata, output)
+        if base is output or _elements(base) != _elements(output):
+            known.append(output)
+            continue
+        view = torch.as_strided(base, output.shape, output.stride(), output.storage_offset())
+        known.append(view if requires_grad else view.detach())
+    return tuple(known)
+
+
+def _elements(tensor: torch.Tensor) -> tuple[torch.dtype, bool, bool]:
+    return tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def _spare_hooks(tensor: torch.Tensor) -> None:

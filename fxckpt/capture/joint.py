@@ -86,8 +86,9 @@ class _Traced(nn.Module):
             for index, (owner, name) in enumerate(self.attributes):
                 owner[name] = getattr(self, f"attribute_{index}")
             flat, self.outputs = take_apart(self._forward(*args, **kwargs))
+            given_memory = {_memory(x) for x in (*tensors, *self.parameters(), *self.buffers())}
         traced = {id(leaf): tensor for tensor, leaf in self.leaves.values()}
-        return [traced.get(id(tensor), tensor) for tensor in flat]
+        return _told_apart([traced.get(id(tensor), tensor) for tensor in flat], given_memory)
 
     def _leaf(self, traced: torch.Tensor) -> torch.Tensor:
         """A leaf in the place of what the tracer computed, as in eager: of leaves alone autocast keeps its casts.
@@ -124,6 +125,29 @@ class _Traced(nn.Module):
     def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:  # noqa: ARG002
         """Each buffer once, whatever is asked for."""
         return super().named_buffers(prefix, recurse, remove_duplicate=True)
+
+
+def _told_apart(outputs: list[torch.Tensor], given_memory: set[int]) -> list[torch.Tensor]:
+    """The outputs, each with a tangent of its own even where one is a view of another.
+
+    Else AOTAutograd would have one tangent for the tensor that is viewed, and its parts would be added up in another
+    order than in eager. What shares memory with an input is left for it to deal with.
+    """
+    own: dict[int, torch.Tensor] = {}
+    seen = set(given_memory)
+    for output in outputs:
+        if id(output) in own or output.layout is not torch.strided:
+            continue
+        memory = _memory(output)
+        apart = memory not in given_memory and (output._base is not None or memory in seen)
+        own[id(output)] = torch.ops.aten._unsafe_view(output, output.shape) if apart else output
+        seen.add(memory)
+    return [own.get(id(output), output) for output in outputs]
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """A number that is the same for tensors which share memory."""
+    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _aliases(model: nn.Module) -> list[tuple[Place, Place]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -61,8 +60,8 @@ class Output:
 class Result:
     """How one tensor that the model returns is made from what forward computes.
 
-    `kind` is "output" (it is outputs[index]), "view of output", "input" (it is an argument or parameter, inputs[index])
-    or "view of input"; for views `alias` is AOTAutograd's description and `example` a fake tensor of the right form.
+    `kind` is "output" (it is outputs[index]), "input" (it is an argument or parameter, inputs[index]) or "view of
+    input"; for views `alias` is AOTAutograd's description and `example` a fake tensor of the right form.
     """
 
     kind: str
@@ -93,7 +92,7 @@ def read_roles(graph: fx.Graph, metadata: Any) -> Roles:
     inputs = _inputs(placeholders, produced)
     _check_mutations(metadata, len(inputs))
     tangents = {desc.output: node for desc, node in placeholders.items() if isinstance(desc, aot.TangentAOTInput)}
-    unknown = [d for d in tangents if not isinstance(d, (aot.PlainAOTOutput, aot.IntermediateBaseAOTOutput))]
+    unknown = [desc for desc in tangents if not isinstance(desc, aot.PlainAOTOutput)]
     if unknown:
         raise CaptureError(
             f"backward would start from {unknown[0].expr()}: forward changes an input in place and gradients flow "
@@ -149,17 +148,12 @@ def _check_mutations(metadata: Any, count: int) -> None:
 
 
 _COMPUTED = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.custom_function_view)
-_OF_BASE = (
-    OutputType.alias_of_intermediate,
-    OutputType.alias_of_intermediate_save_as_output,
-    OutputType.alias_of_intermediate_base_is_user_output,
-)
 
 
 def _outputs(
     metadata: Any, produced: dict[Any, fx.Node | None], tangents: dict[Any, fx.Node]
 ) -> tuple[tuple[Output, ...], tuple[Result, ...]]:
-    """Computed outputs (the model's own, then the bases of views that share memory), and how results come from them."""
+    """Computed outputs, and how results come from them."""
     infos = metadata.output_info
     numbers = {desc: number for number, desc in enumerate(tangents)}
     used = {desc: node for desc, node in tangents.items() if node.users}
@@ -171,27 +165,15 @@ def _outputs(
             place[number] = len(outputs)
             node = _node(produced, desc)
             outputs.append(Output(node, used.get(desc), info.requires_grad, numbers.get(desc)))
-    bases = [desc for desc in produced if isinstance(desc, aot.IntermediateBaseAOTOutput)]
-    first_base = len(outputs)
-    for base_desc in bases:
-        outputs.append(Output(_node(produced, base_desc), used.get(base_desc), True, numbers.get(base_desc)))
     results = []
     for number, info in enumerate(infos):
         kind = info.output_type
-        example = _example(produced, number)
         if kind in _COMPUTED:
             results.append(Result("output", place[number]))
         elif kind is OutputType.is_input:
             results.append(Result("input", info.base_idx))
         elif kind is OutputType.alias_of_input:
-            results.append(Result("view of input", info.base_idx, info, example))
-        elif kind in _OF_BASE:
-            own = kind is OutputType.alias_of_intermediate_base_is_user_output
-            if own and info.base_idx not in place:  # that output is a view too: they have the same base
-                info = dataclasses.replace(info, base_idx=infos[info.base_idx].base_idx)
-                own = False
-            base = place[info.base_idx] if own else first_base + info.base_idx
-            results.append(Result("view of output", base, info, example))
+            results.append(Result("view of input", info.base_idx, info, _example(produced, number)))
         else:
             raise CaptureError(f"the model returns a tensor of a kind that fxckpt does not know: {kind}")
     return tuple(outputs), tuple(results)

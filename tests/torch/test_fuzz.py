@@ -234,6 +234,19 @@ FOUND: dict[str, Trial] = {
         autocast=True,
         hooks=True,
     ),
+    "a tensor and a view of it are returned, and the view is read on": Trial(
+        Program(
+            (Input("sequence"),),
+            (
+                Line("layer norm of sequence", (0,)),
+                Line("last of sequence", (1,)),
+                Line("tanh (rows)", (2,)),
+                Line("multiply (rows)", (3, 2)),
+            ),
+            (Output(4), Output(2), Output(1)),
+        ),
+        "save_all",
+    ),
     "a recurrent kernel whose buffer nobody reads": Trial(
         Program((Input("ids"),), (Line("embedding", (0,)), Line("LSTM", (1,))), (Output(2), Output(1)), sizes=WIDE),
         "save_all",

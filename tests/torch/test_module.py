@@ -18,7 +18,14 @@ from torch.nn import functional as F
 
 import fxckpt
 from fxckpt import api
-from fxckpt.errors import BudgetError, CaptureError, InfeasibleBudgetError, PlanMismatchError, SolverError
+from fxckpt.errors import (
+    BudgetError,
+    CaptureError,
+    InfeasibleBudgetError,
+    PlanMismatchError,
+    RuntimeContractError,
+    SolverError,
+)
 from fxckpt.graph import Graph
 from fxckpt.schedule import Schedule, plain
 from tests.models import MLP, case, project
@@ -374,6 +381,21 @@ def test_outputs_keep_their_structure(name: str) -> None:
     model = Returns(form)
     same_structure(thrifty(model)(X), model(X))
     check(model, X, loss=loss)
+
+
+def test_outputs_that_share_memory_know_of_each_other() -> None:
+    """A change in place of one of them is seen or refused, never overlooked."""
+    model = thrifty(Returns(lambda a, _: (a, a[:, :3], a.T, a.detach())))
+    whole, part, turned, detached = model(X)
+    assert {x.untyped_storage().data_ptr() for x in (part, turned, detached)} == {whole.untyped_storage().data_ptr()}
+    for view in part, turned:
+        with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+            view.mul_(2)
+    with torch.no_grad():
+        detached.mul_(2)
+    assert torch.equal(whole, detached)
+    with pytest.raises(RuntimeContractError, match="output of the model was changed in place"):
+        project(whole).backward()
 
 
 @pytest.mark.works("transformers", "outputs of the model's own type")
