@@ -48,10 +48,11 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
     module: str | None = None
     source = ""
     while frame is not None and (module is None or not source):
-        filename = frame.f_code.co_filename
-        if not source and is_users(filename):
-            source = f"{filename}:{frame.f_lineno}"
-        if module is None and frame.f_code.co_name != "_call_impl":
+        code = frame.f_code
+        if not source and is_users(code.co_filename):
+            source = f"{code.co_filename}:{frame.f_lineno}"
+        names_self = "self" in code.co_varnames or "self" in code.co_freevars  # else spare the dict of locals
+        if module is None and names_self and code.co_name != "_call_impl":
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module):
                 module = modules.get(id(owner))
