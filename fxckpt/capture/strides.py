@@ -1,8 +1,8 @@
 """Kernels whose results torch describes in a wrong layout, and what layout they have.
 
 While a graph is traced nothing is computed; a description of each op tells shapes and strides. For some it is derived
-from other ops than the kernel is made of, and tells other strides where gradients come in another layout than values:
-then copies would be traced that eager does not make, and others left out.
+from other ops than the kernel is made of, and tells other strides where values are transposed, or gradients come in
+another layout than values: then copies would be traced that eager does not make, and others left out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 
 aten = torch.ops.aten
 
@@ -27,16 +28,31 @@ def _as_product(*args: Any) -> Tensor:
     return torch.mul(first, second)
 
 
-def _contiguous(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _contiguous(*args: Any) -> Tensor:
+    first = next(x for x in args if isinstance(x, Tensor))
+    return torch.empty_like(first, memory_format=torch.contiguous_format)
 
 
-def _as_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
-    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+def _in_format(x: Tensor, *_: Any) -> Tensor:
+    """Channels last or contiguous, whichever the strides look like."""
+    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+
+
+def _in_format_of_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
+    return _in_format(x)
+
+
+def _as_noise(gradient: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, _: Any) -> Tensor:  # noqa: FBT001
+    return torch.mul(noise, gradient) if training and upper - lower > 1e-6 else torch.mul(x, gradient)
 
 
 LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
+    aten.copysign.Tensor: _as_product,
+    aten.div.Tensor_mode: _as_product,
+    aten.floor_divide.default: _as_product,
+    aten.xlogy.Tensor: _as_product,
+    aten.pow.Scalar: _contiguous,
+    aten.log_sigmoid_forward.default: _contiguous,
     aten.native_dropout_backward.default: _as_product,
     aten.elu_backward.default: _as_product,
     aten.hardsigmoid_backward.default: _as_product,
@@ -44,13 +60,21 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten.hardtanh_backward.default: _as_product,
     aten.logit_backward.default: _as_product,
     aten.softplus_backward.default: _as_product,
+    aten.rrelu_with_noise_backward.default: _as_noise,
     aten.huber_loss_backward.default: _contiguous,
     aten.mse_loss_backward.default: _contiguous,
     aten.smooth_l1_loss_backward.default: _contiguous,
     aten._log_softmax_backward_data.default: _contiguous,
     aten.native_layer_norm_backward.default: _contiguous,
-    aten.native_batch_norm_backward.default: _as_second,
-    aten.native_group_norm_backward.default: _as_second,
+    aten.channel_shuffle.default: _in_format,
+    aten.replication_pad2d_backward.default: _in_format_of_second,
+    aten.native_batch_norm.default: _in_format,
+    aten._native_batch_norm_legit.default: _in_format,
+    aten._native_batch_norm_legit.no_stats: _in_format,
+    aten._native_batch_norm_legit_functional.default: _in_format,
+    aten._native_batch_norm_legit_no_training.default: _in_format,
+    aten.native_batch_norm_backward.default: _in_format_of_second,
+    aten.native_group_norm_backward.default: _in_format_of_second,
 }
 """From an op's arguments to a tensor with the strides of its (first) result on CPU."""
 
@@ -58,7 +82,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
 @contextlib.contextmanager
 def right_strides() -> Iterator[None]:
     """Let the descriptions of these ops be right."""
-    shortcuts = {op: decomposition_table.pop(op) for op in LAID_OUT_LIKE}
+    shortcuts = {op: decomposition_table.pop(op) for op in LAID_OUT_LIKE if op in decomposition_table}
     before = {op: op.py_kernels[DispatchKey.Meta] for op in LAID_OUT_LIKE}
     for op, rule in LAID_OUT_LIKE.items():
         _describe(op, functools.partial(_corrected, before[op], rule))

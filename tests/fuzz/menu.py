@@ -189,7 +189,8 @@ OF_ROWS: dict[str, Layer] = {
     "dropout in place": _layer(ROWS, lambda _: nn.Dropout(0.3, inplace=True)),
     "alpha dropout": _layer(ROWS, lambda _: nn.AlphaDropout(0.15)),
     "feature alpha dropout": _layer(ROWS, lambda _: nn.FeatureAlphaDropout(0.3)),
-    "randomized relu": _layer(ROWS, lambda _: nn.RReLU(), full=True),
+    # In eager its result is contiguous whatever it is given, which torch's functional form of the op does not know.
+    "randomized relu": _layer(ROWS, lambda _: Call(lambda x: F.rrelu(x.contiguous(), training=True)), full=True),
     "parametric relu": _layer(ROWS, lambda s: nn.PReLU(s.width)),
     "weight norm": _layer(ROWS, lambda s: parametrizations.weight_norm(nn.Linear(s.width, s.width)), full=True),
     "spectral norm": _layer(ROWS, lambda s: parametrizations.spectral_norm(nn.Linear(s.width, s.width)), full=True),

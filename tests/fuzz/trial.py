@@ -43,7 +43,9 @@ STEPS = 2
 TOLERANCE, SLACK_BYTES = 0.01, 8192
 """How far the measured peak may be from the simulated one; `SLACK_BYTES` for states of generators and numbers."""
 
-REFUSALS = re.compile("forward changes an input in place and gradients flow|Run forward again")
+REFUSALS = re.compile(
+    "forward changes an input in place and gradients flow|Run forward again|has been modified by an inplace operation"
+)
 """Reasons for which fxckpt may refuse a program of the menu."""
 
 
@@ -93,12 +95,13 @@ class Trial(Described):
 
 
 def _repeating_at_random(graph: Graph) -> Schedule:
-    """The plain order with some ops repeated anywhere after their first run."""
+    """The plain order with some ops repeated anywhere after their first run, and before backward ends."""
     order, forward_steps = list(plain(graph).order), graph.forward_count
-    free = [i for i, op in enumerate(graph.ops) if not op.pinned]
+    last = order[-1]
+    free = [i for i, op in enumerate(graph.ops) if not op.pinned and i != last]
     generator = random.Random(len(order))
     for index in generator.sample(free, len(free) // 2):
-        place = generator.randint(order.index(index) + 1, len(order))
+        place = generator.randint(order.index(index) + 1, order.index(last))
         forward_steps += place < forward_steps
         order.insert(place, index)
     return Schedule(tuple(order), forward_steps)
@@ -234,8 +237,9 @@ def _assert_same(found: Left, expected: Left) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] is None) == (value is None), f"{name} is there in one of the two only"
-        if name.startswith(ABOUT):
-            torch.testing.assert_close(found[name], value)
+        if name.startswith(ABOUT) and value is not None:
+            rounding = 8 * torch.finfo(value.dtype).eps * (value.abs().max().item() if value.numel() else 0.0)
+            torch.testing.assert_close(found[name], value, rtol=0, atol=rounding)
         else:
             assert_same_bits(found[name], value, name)
 

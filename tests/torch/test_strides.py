@@ -18,7 +18,20 @@ aten = torch.ops.aten
 Result = Tensor | tuple[Tensor, ...]
 
 FIRST = [True, False, False]
+
+
+def stats(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two numbers a channel."""
+    return x.new_zeros(4), x.new_zeros(4)
+
+
 CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
+    aten.copysign.Tensor: lambda op, g, x: op(g, x),
+    aten.div.Tensor_mode: lambda op, g, x: op(g, x, rounding_mode="floor"),
+    aten.floor_divide.default: lambda op, g, x: op(g, x),
+    aten.xlogy.Tensor: lambda op, g, x: op(g, x),
+    aten.pow.Scalar: lambda op, _, x: op(2.0, x),
+    aten.log_sigmoid_forward.default: lambda op, _, x: op(x),
     aten.native_dropout_backward.default: lambda op, g, x: op(g, x > 0, 2.0),
     aten.elu_backward.default: lambda op, g, x: op(g, 1.0, 1.0, 1.0, False, x),
     aten.hardsigmoid_backward.default: lambda op, g, x: op(g, x),
@@ -26,6 +39,7 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten.hardtanh_backward.default: lambda op, g, x: op(g, x, -1, 1),
     aten.logit_backward.default: lambda op, g, x: op(g, x),
     aten.softplus_backward.default: lambda op, g, x: op(g, x, 1, 20),
+    aten.rrelu_with_noise_backward.default: lambda op, g, x: op(g, x, x.contiguous(), 0.1, 0.3, True, False),
     aten.huber_loss_backward.default: lambda op, g, x: op(g, x, x, 0, 1.0),
     aten.mse_loss_backward.default: lambda op, g, x: op(g, x, x, 0),
     aten.smooth_l1_loss_backward.default: lambda op, g, x: op(g, x, x, 0, 1.0),
@@ -33,6 +47,13 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten.native_layer_norm_backward.default: lambda op, g, x: op(
         g, x, [8], x.new_zeros(16, 4, 8, 1), x.new_zeros(16, 4, 8, 1), None, None, FIRST
     ),
+    aten.channel_shuffle.default: lambda op, _, x: op(x, 2),
+    aten.replication_pad2d_backward.default: lambda op, g, x: op(g, x[..., 1:], [1, 0, 0, 0]),
+    aten.native_batch_norm.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
+    aten._native_batch_norm_legit.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
+    aten._native_batch_norm_legit.no_stats: lambda op, _, x: op(x, *stats(x), True, 0.1, 1e-5),
+    aten._native_batch_norm_legit_functional.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
+    aten._native_batch_norm_legit_no_training.default: lambda op, _, x: op(x, *stats(x), *stats(x), 0.1, 1e-5),
     aten.native_batch_norm_backward.default: lambda op, g, x: op(
         g, x, None, None, None, x.new_zeros(4), x.new_zeros(4), True, 1e-5, FIRST
     ),
@@ -53,6 +74,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
     "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "a part, channels last": lambda x: torch.cat((x, x), 1).contiguous(memory_format=torch.channels_last)[:, :4],
 }
 
 
