@@ -42,7 +42,7 @@ def _in_format_of_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
     return _in_format(x)
 
 
-def _as_noise(gradient: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, _: Any) -> Tensor:  # noqa: FBT001
+def _as_noise(gradient: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, _: Any) -> Tensor:
     return torch.mul(noise, gradient) if training and upper - lower > 1e-6 else torch.mul(x, gradient)
 
 

@@ -247,6 +247,20 @@ FOUND: dict[str, Trial] = {
         ),
         "save_all",
     ),
+    "batch norm of transposed values": Trial(
+        Program(
+            (Input("ids"),),
+            (
+                Line("embedding", (0,)),
+                Line("batch norm of sequence", (1,), dtype="bfloat16"),
+                Line("cross attention", (2, 1)),
+            ),
+            (Output(3),),
+            "bfloat16",
+            Sizes(batch=64, width=32),
+        ),
+        "save_all",
+    ),
     "a recurrent kernel whose buffer nobody reads": Trial(
         Program((Input("ids"),), (Line("embedding", (0,)), Line("LSTM", (1,))), (Output(2), Output(1)), sizes=WIDE),
         "save_all",
