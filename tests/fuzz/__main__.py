@@ -1,7 +1,7 @@
 """Run the fuzzer for long: `python -m tests.fuzz --examples 10000 --seed 1`.
 
-Prints each failure with the line that runs it again, and goes on; writes what was run where `--out` says, also when it
-is interrupted.
+Prints each failure with the line that runs it again, and goes on; adds what was run to the file that `--out` names,
+also when it is interrupted.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--examples", type=int, default=1000, help="how many trials to run to their end")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for the counts")
+    parser.add_argument("--out", type=Path, help="a JSON file, to which the counts are added")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays: measuring collects garbage first, which would look through it all
@@ -80,7 +80,8 @@ def main() -> int:
     record = {**run.counts, "seed": chosen.seed, "versions": versions}
     print(json.dumps(record), *(f"{count:6} {reason}" for reason, count in run.reasons.most_common(20)), sep="\n")
     if chosen.out is not None:
-        chosen.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        before = json.loads(chosen.out.read_text(encoding="utf-8")) if chosen.out.exists() else []
+        chosen.out.write_text(json.dumps([*before, record], indent=1) + "\n", encoding="utf-8")
     return int(run.counts["failures"] > 0)
 
 

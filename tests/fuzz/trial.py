@@ -95,13 +95,17 @@ class Trial(Described):
 
 
 def _repeating_at_random(graph: Graph) -> Schedule:
-    """The plain order with some ops repeated anywhere after their first run, and before backward ends."""
+    """The plain order with some ops repeated anywhere after their first run, and before backward ends.
+
+    What forward hands out is counted as its first copy: there it is the only one.
+    """
     order, forward_steps = list(plain(graph).order), graph.forward_count
-    last = order[-1]
+    last, handed_out = order[-1], {*graph.outputs, *graph.updates}
     free = [i for i, op in enumerate(graph.ops) if not op.pinned and i != last]
     generator = random.Random(len(order))
     for index in generator.sample(free, len(free) // 2):
-        place = generator.randint(order.index(index) + 1, order.index(last))
+        first = forward_steps if handed_out.intersection(graph.ops[index].writes) else 0
+        place = generator.randint(max(first, order.index(index) + 1), order.index(last))
         forward_steps += place < forward_steps
         order.insert(place, index)
     return Schedule(tuple(order), forward_steps)
