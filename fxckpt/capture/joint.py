@@ -26,6 +26,7 @@ from torch.fx.experimental import proxy_tensor
 from fxckpt.capture.absent import made_present
 from fxckpt.capture.checkpointed import checkpointing_bypassed
 from fxckpt.capture.cleanup import clean
+from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
 from fxckpt.capture.kernels import own_kernels
 from fxckpt.capture.layout import LAID_OUT
@@ -218,6 +219,7 @@ def capture(
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
         Provenance(modules),
+        Constants(),
         contextlib.ExitStack() as stack,
     ):
         if device.type != "cuda":

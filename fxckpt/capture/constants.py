@@ -1,0 +1,167 @@
+"""Values that depend on nothing the step is given: a model that asks for them while it is traced gets them.
+
+Positions made by `arange`, masks made from shapes: no tensor holds numbers while a graph is captured, so models could
+not look whether positions have gaps, as transformers do before they choose how to run attention, and would take another
+way than in eager. Such values are computed beside the graph, for as long as everything they are made of is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.weak import WeakIdKeyDictionary
+
+_MADE_OF_NOTHING: frozenset[Any] = frozenset(
+    {
+        torch.arange,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.tensor,
+        torch.tril_indices,
+        torch.triu_indices,
+        torch.zeros,
+    }
+)
+_MADE_OF_A_FORM: frozenset[Any] = frozenset(
+    {
+        torch.full_like,
+        torch.ones_like,
+        torch.zeros_like,
+        Tensor.new_full,
+        Tensor.new_ones,
+        Tensor.new_zeros,
+    }
+)
+_READS: frozenset[Any] = frozenset(
+    {
+        torch.allclose,
+        torch.equal,
+        torch.is_nonzero,
+        Tensor.__bool__,
+        Tensor.__contains__,
+        Tensor.__float__,
+        Tensor.__index__,
+        Tensor.__int__,
+        Tensor.allclose,
+        Tensor.equal,
+        Tensor.is_nonzero,
+        Tensor.item,
+        Tensor.tolist,
+    }
+)
+_CHANGES = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+) | {"__setitem__", "__set__"}
+_UNKNOWN_PARTS = ("empty", "resize")
+_MOST_ELEMENTS = 2**20
+
+
+class Constants(TorchFunctionMode):
+    """Computes what is known beside what is traced, and answers questions about it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: Any = WeakIdKeyDictionary()  # traced tensor -> its values
+        self._seen_by_modes = mock.patch.object(FunctionalTensor, "tolist", Tensor.tolist)
+
+    def __enter__(self) -> Constants:
+        self._seen_by_modes.start()
+        return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._seen_by_modes.stop()
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        read = given[1:] if func in _MADE_OF_A_FORM else given
+        known = all(x in self._known for x in read) and (bool(given) or func in _MADE_OF_NOTHING)
+        if known and func in _READS:
+            return self._compute(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if known and not any(part in _name(func) for part in _UNKNOWN_PARTS):
+            self._note(func, args, kwargs, result)
+        elif given and _changes(func, kwargs) and any(x in self._known for x in given):
+            self._known.clear()  # what is changed may be seen through other tensors too
+        return result
+
+    def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Compute what was just traced; values of results that are too large, or drawn at random, are not known."""
+        made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        if not made and not _changes(func, kwargs):
+            return
+        values: list[Any] = []
+        if sum(x.numel() for x in made) <= _MOST_ELEMENTS:
+            with _really(), _no_draws() as drawn:
+                values = [x for x in pytree.tree_leaves(self._compute(func, args, kwargs)) if isinstance(x, Tensor)]
+            if drawn:
+                values = []
+        if len(values) == len(made):
+            for tensor, value in zip(made, values, strict=True):
+                self._known[tensor] = value
+        elif _changes(func, kwargs):
+            self._known.clear()
+
+    def _compute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with _really():
+            args, kwargs = pytree.tree_map(self._value, (args, kwargs))
+            return func(*args, **kwargs)
+
+    def _value(self, given: Any) -> Any:
+        if isinstance(given, Tensor) and given in self._known:
+            return self._known[given]
+        if isinstance(given, Tensor):  # only its form is asked for
+            return torch.empty((), dtype=given.dtype, device=_real(given.device)).expand(given.shape)
+        return _real(given) if isinstance(given, (str, torch.device)) else given
+
+
+def _real(device: str | torch.device) -> str | torch.device:
+    return "cpu" if str(device) == "meta" else device
+
+
+def _changes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes what it is given."""
+    name = _name(func)
+    return name in _CHANGES or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return getattr(func, "__name__", "")
+
+
+@contextlib.contextmanager
+def _really() -> Iterator[None]:
+    """Nothing is traced: tensors hold numbers."""
+    with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def _no_draws() -> Iterator[list[bool]]:
+    """Put random-number generators back as they were; the list is filled if one was used."""
+    generators = [torch.default_generator, *_cuda_generators()]
+    before = [generator.get_state() for generator in generators]
+    drawn: list[bool] = []
+    yield drawn
+    for generator, state in zip(generators, before, strict=True):
+        if not torch.equal(generator.get_state(), state):
+            generator.set_state(state)
+            drawn.append(True)
+
+
+def _cuda_generators() -> Iterable[torch.Generator]:
+    return torch.cuda.default_generators if torch.cuda.is_initialized() else ()

@@ -1,0 +1,103 @@
+"""Models may ask for values that depend on nothing the step is given; all others are refused as before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxckpt
+from fxckpt.api import plan_of
+from fxckpt.capture.joint import capture
+from fxckpt.errors import CaptureError
+from tests.models import case, project
+from tests.training import assert_same_step, plain_step, run_step
+
+
+class Asks(nn.Module):
+    """Computes one thing or another, as a question about values says."""
+
+    def __init__(self, question: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.question = question
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        return torch.tanh(y) if self.question(y) else torch.sigmoid(y)
+
+
+def written_over(_: Tensor) -> bool:
+    mask = torch.ones(4)
+    mask[1] = 0
+    mask[2:].mul_(0)
+    torch.add(mask, 1, out=mask)
+    return bool((mask == torch.tensor([2.0, 1.0, 1.0, 1.0])).all())
+
+
+def counted(y: Tensor) -> bool:
+    mask = torch.ones_like(y[:, 0], dtype=torch.long)
+    return int(mask.cumsum(0)[-1]) == len(y) and mask.sum().item() == mask.tolist().count(1)
+
+
+KNOWN: dict[str, Callable[[Tensor], bool]] = {
+    "positions without gaps": lambda y: bool((torch.diff(torch.arange(len(y))) == 1).all()),
+    "changed in place": written_over,
+    "counted": counted,
+    "compared": lambda y: torch.equal(torch.zeros(3, device=y.device), y.new_zeros(3)),
+    "no": lambda y: bool(torch.full((2, 2), len(y)).eq(0).any()),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.works("layers and ops", "branches on values that no input has a part in")
+def test_what_is_known_is_told(name: str) -> None:
+    torch.manual_seed(0)
+    model, x = Asks(KNOWN[name]), torch.randn(5, 6)
+    expected = plain_step(model, (x,), {}, project)
+    model.zero_grad()
+    assert_same_step(run_step(fxckpt.optimize(model, "1GB", solver="min_memory"), (x,), {}, project), expected)
+
+
+def test_nothing_is_computed_on_the_meta_device() -> None:
+    model = Asks(lambda y: bool((torch.arange(len(y), device=y.device) >= 0).all())).to("meta")
+    graph = capture(model, (torch.empty(5, 6, device="meta"),)).module.graph
+    assert any(node.target is torch.ops.aten.tanh.default for node in graph.nodes)
+
+
+def changed_by_an_input(y: Tensor) -> bool:
+    mask = torch.ones(4)
+    part = mask[:1]
+    part.mul_(y.detach().sum())
+    return bool(mask[0] > 0)
+
+
+UNKNOWN: dict[str, Callable[[Tensor], bool]] = {
+    "an input": lambda y: bool(y.sum() > 0),
+    "changed by an input, through a view": changed_by_an_input,
+    "drawn": lambda _: bool(torch.bernoulli(torch.full((3,), 0.5)).any()),
+    "drawn in place": lambda _: bool(torch.zeros(3).uniform_().any()),
+    "never written": lambda _: bool(torch.empty_like(torch.ones(3)).any()),
+    "very large": lambda _: bool(torch.ones(2**21).any()),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_known_is_refused(name: str) -> None:
+    model, x = Asks(UNKNOWN[name]), torch.randn(5, 6)
+    before = torch.get_rng_state()
+    with pytest.raises(CaptureError, match=r"test_constants.py:\d+ .* reads the value of a tensor"):
+        fxckpt.optimize(model, "1GB", example_inputs=(x,))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.works("fused attention", "transformers' causal attention without a mask, as in eager")
+def test_attention_of_transformers_is_captured_as_it_runs_in_eager() -> None:
+    model, args, kwargs = case("llama").build()
+    optimized = fxckpt.optimize(model, "1GB", example_inputs=args, example_kwargs=kwargs)
+    attention = [op for op in plan_of(optimized).graph.ops if "attention" in op.target]
+    assert len(attention) == 4  # two layers, forward and backward
+    graph = capture(model, args, kwargs).module.graph
+    assert not any(node.kwargs.get("attn_mask") for node in graph.nodes if "attention" in str(node.target))
