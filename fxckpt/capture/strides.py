@@ -23,9 +23,9 @@ aten = torch.ops.aten
 
 
 def _as_product(*args: Any) -> Tensor:
-    """As elementwise kernels of two tensors do."""
-    first, second = [x for x in args if isinstance(x, Tensor)][:2]
-    return torch.mul(first, second)
+    """As elementwise kernels of one or two tensors do."""
+    first, *others = [x for x in args if isinstance(x, Tensor)][:2]
+    return torch.mul(first, *others) if others else torch.empty_like(first)
 
 
 def _contiguous(*args: Any) -> Tensor:

@@ -261,6 +261,19 @@ FOUND: dict[str, Trial] = {
         ),
         "save_all",
     ),
+    "what dropout that drops nothing gives is what it was given": Trial(
+        Program(
+            ROWS,
+            (
+                Line("parametric relu", (0,)),
+                Line("dropout", (1,), mode="evaluated"),
+                Line("multiply in place (rows)", (2,)),
+            ),
+            (Output(3), Output(1)),
+            sizes=Sizes(batch=64),
+        ),
+        "save_all",
+    ),
     "a recurrent kernel whose buffer nobody reads": Trial(
         Program((Input("ids"),), (Line("embedding", (0,)), Line("LSTM", (1,))), (Output(2), Output(1)), sizes=WIDE),
         "save_all",

@@ -94,6 +94,13 @@ def test_strides_are_those_of_the_kernel(op: OpOverload, gradients: str, values:
     assert told == strides(CALLS[op], op, g, x)
 
 
+def test_a_number_may_take_the_place_of_a_tensor() -> None:
+    x = torch.rand(3, 4).T
+    with right_strides(), enable_python_dispatcher(), FakeTensorMode() as mode:
+        told = [aten.floor_divide.default(mode.from_tensor(x), 2), aten.pow.Scalar(2.0, mode.from_tensor(x))]
+    assert [y.stride() for y in told] == [aten.floor_divide.default(x, 2).stride(), aten.pow.Scalar(2.0, x).stride()]
+
+
 def test_what_torch_tells_otherwise_is_left_as_it_was() -> None:
     before = [op.py_kernels.copy() for op in LAID_OUT_LIKE]
     with pytest.raises(KeyboardInterrupt), right_strides():
