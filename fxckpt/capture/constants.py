@@ -8,6 +8,7 @@ way than in eager. Such values are computed beside the graph, for as long as eve
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -73,15 +74,18 @@ class Constants(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._known: Any = WeakIdKeyDictionary()  # traced tensor -> its values
-        self._seen_by_modes = mock.patch.object(FunctionalTensor, "tolist", Tensor.tolist)
+        self._patches = contextlib.ExitStack()
 
     def __enter__(self) -> Constants:
-        self._seen_by_modes.start()
+        self._patches.enter_context(mock.patch.object(FunctionalTensor, "tolist", Tensor.tolist))  # seen by modes, too
+        if transformers := sys.modules.get("transformers.modeling_utils"):  # reads all ids, only to warn of padding
+            model = transformers.PreTrainedModel
+            self._patches.enter_context(mock.patch.object(model, "warn_if_padding_and_no_attention_mask", mock.Mock()))
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self._seen_by_modes.stop()
+        self._patches.close()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
