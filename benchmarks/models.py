@@ -108,7 +108,7 @@ def llama(layers: int, width: int, hidden: int, length: int, batch: int) -> tupl
 
 
 def llama3_8b() -> tuple[nn.Module, Arguments]:
-    """transformers' Llama 3 with eight billion parameters in bfloat16 on the meta device, with labels."""
+    """transformers' Llama 3 with eight billion parameters in bfloat16 on the meta device: four rows of 4,096 tokens, and labels."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -123,7 +123,7 @@ def llama3_8b() -> tuple[nn.Module, Arguments]:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config).bfloat16()
-        ids = torch.zeros(1, 2048, dtype=torch.long)
+        ids = torch.zeros(4, 4096, dtype=torch.long)
     return model, ((), {"input_ids": ids, "labels": ids})
 
 

@@ -242,8 +242,9 @@ def _assert_same(found: Left, expected: Left) -> None:
     for name, value in expected.items():
         assert (found[name] is None) == (value is None), f"{name} is there in one of the two only"
         if name.startswith(ABOUT) and value is not None:
-            rounding = 8 * torch.finfo(value.dtype).eps * (value.abs().max().item() if value.numel() else 0.0)
-            torch.testing.assert_close(found[name], value, rtol=0, atol=rounding)
+            largest = value.nan_to_num(0, 0, 0).abs().max().item() if value.numel() else 0.0
+            rounding = 8 * torch.finfo(value.dtype).eps * largest
+            torch.testing.assert_close(found[name], value, rtol=0, atol=rounding, equal_nan=True)
         else:
             assert_same_bits(found[name], value, name)
 
@@ -253,6 +254,8 @@ def _check_peak(model: nn.Module, inputs: tuple[Tensor, ...], trial: Trial) -> N
     planner: Any = planner_of(model)
     if planner.latest is None or trial.hooks or not _loss_adds_nothing(planner.latest.profile.joint.roles.results):
         return
+    if any(node.target is torch.ops.aten._conj.default for node in planner.latest.profile.joint.module.graph.nodes):
+        return  # kernels copy what is conjugated, which shows where ops are measured only
     _clear(model, inputs, trial)
     measured_bytes = peak_allocated_bytes(lambda: _train(model, inputs, trial), torch.device("cpu"))
     plan = planner.latest.plan
