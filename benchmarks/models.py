@@ -108,7 +108,7 @@ def llama(layers: int, width: int, hidden: int, length: int, batch: int) -> tupl
 
 
 def llama3_8b() -> tuple[nn.Module, Arguments]:
-    """transformers' Llama 3 of eight billion parameters, in bfloat16 on the meta device; 4 × 4,096 tokens with labels."""
+    """transformers' Llama 3 of eight billion parameters, in bfloat16 on the meta device; 4 × 4,096 labelled tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -121,8 +121,13 @@ def _drop_copies(graph: fx.Graph) -> None:
     changed = {storage_key(node.meta["val"]) for node in _changed_inputs(graph)}
     for node in list(graph.nodes):
         if node.target is aten.detach.default or _is_same_layout_copy(node, kept, changed):
-            node.replace_all_uses_with(node.args[0])
+            node.replace_all_uses_with(_source(node))
             graph.erase_node(node)
+
+
+def _source(node: fx.Node) -> fx.Node:
+    """What is copied: the last of the inputs, since `copy` is told first what it takes the form of."""
+    return node.all_input_nodes[-1]
 
 
 def _changed_inputs(graph: fx.Graph) -> list[fx.Node]:
@@ -133,10 +138,12 @@ def _changed_inputs(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _is_same_layout_copy(node: fx.Node, kept: set[int | None], changed: set[int | None]) -> bool:
-    if node.target is not aten.clone.default:
+    if node.target not in (aten.clone.default, aten.copy.default):
         return False
-    source, copy = node.all_input_nodes[0].meta["val"], node.meta["val"]
-    return source.stride() == copy.stride() and storage_key(copy) not in kept and storage_key(source) not in changed
+    source, copy = _source(node).meta["val"], node.meta["val"]
+    same = all(getattr(source, what) == getattr(copy, what) for what in ("shape", "dtype", "device"))
+    same = same and source.stride() == copy.stride()
+    return same and storage_key(copy) not in kept and storage_key(source) not in changed
 
 
 def _merge_views(graph: fx.Graph) -> None:

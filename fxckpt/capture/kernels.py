@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._C import DispatchKey
+from torch._subclasses.functional_tensor import FunctionalTensorMode
 
 aten = torch.ops.aten
 
@@ -51,6 +53,25 @@ def own_kernels() -> Iterator[None]:
 def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     """One op, and nothing where nothing is dropped: torch would copy, and changes in place would go to the copy."""
     return aten.native_dropout(x, p, train)[0] if train and p != 0 else x
+
+
+@contextlib.contextmanager
+def fills_keep_their_layout() -> Iterator[None]:
+    """Traced, `masked_fill_` becomes `masked_fill`, which lays out values anew that are not contiguous.
+
+    Gradients of `maximum` are made with it. Sums over them would be made in another order.
+    """
+    original = FunctionalTensorMode.__torch_dispatch__
+
+    def dispatch(mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is not aten.masked_fill_.Scalar or args[0].is_contiguous():
+            return original(mode, func, types, args, kwargs)
+        x, mask, value = args
+        with mode:
+            return x.copy_(torch.where(mask, x.new_full((), value), x))
+
+    with mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch):
+        yield
 
 
 def _rewritten_overloads() -> Iterator[Any]:

@@ -274,6 +274,21 @@ FOUND: dict[str, Trial] = {
         ),
         "save_all",
     ),
+    "the gradient of a maximum of transposed values": Trial(
+        Program(
+            (Input("ids"), Input("sequence", requires_grad=True)),
+            (
+                Line("embedding", (0,)),
+                Line("batch norm of sequence", (2,)),
+                Line("maximum (sequence)", (3, 1)),
+                Line("batch norm of sequence", (4,), mode="frozen"),
+            ),
+            (Output(5, "transposed"),),
+            sizes=Sizes(batch=64),
+        ),
+        "save_all",
+        training=False,
+    ),
     "a recurrent kernel whose buffer nobody reads": Trial(
         Program((Input("ids"),), (Line("embedding", (0,)), Line("LSTM", (1,))), (Output(2), Output(1)), sizes=WIDE),
         "save_all",
