@@ -66,6 +66,8 @@ _CHANGES = frozenset(
 ) | {"__setitem__", "__set__"}
 _UNKNOWN_PARTS = ("empty", "resize")
 _MOST_ELEMENTS = 2**20
+_WARNS = "warn_if_padding_and_no_attention_mask"
+"""A method of transformers' models that reads all ids, only to warn."""
 
 
 class Constants(TorchFunctionMode):
@@ -78,9 +80,9 @@ class Constants(TorchFunctionMode):
 
     def __enter__(self) -> Constants:
         self._patches.enter_context(mock.patch.object(FunctionalTensor, "tolist", Tensor.tolist))  # seen by modes, too
-        if transformers := sys.modules.get("transformers.modeling_utils"):  # reads all ids, only to warn of padding
-            model = transformers.PreTrainedModel
-            self._patches.enter_context(mock.patch.object(model, "warn_if_padding_and_no_attention_mask", mock.Mock()))
+        model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+        if hasattr(model, _WARNS):
+            self._patches.enter_context(mock.patch.object(model, _WARNS, mock.Mock()))
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
@@ -111,12 +113,11 @@ class Constants(TorchFunctionMode):
         if not made and not _changes(func, kwargs):
             return
         values: list[Any] = []
+        drawn: list[bool] = []
         if sum(x.numel() for x in made) <= _MOST_ELEMENTS:
-            with _really(), _no_draws() as drawn:
+            with contextlib.suppress(RuntimeError), _really(), _noting_draws(drawn):
                 values = [x for x in pytree.tree_leaves(self._compute(func, args, kwargs)) if isinstance(x, Tensor)]
-            if drawn:
-                values = []
-        if len(values) == len(made):
+        if len(values) == len(made) and not drawn:
             for tensor, value in zip(made, values, strict=True):
                 self._known[tensor] = value
         elif _changes(func, kwargs):
@@ -157,16 +158,17 @@ def _really() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _no_draws() -> Iterator[list[bool]]:
-    """Put random-number generators back as they were; the list is filled if one was used."""
+def _noting_draws(drawn: list[bool]) -> Iterator[None]:
+    """Put random-number generators back as they were, and note if one was used."""
     generators = [torch.default_generator, *_cuda_generators()]
     before = [generator.get_state() for generator in generators]
-    drawn: list[bool] = []
-    yield drawn
-    for generator, state in zip(generators, before, strict=True):
-        if not torch.equal(generator.get_state(), state):
-            generator.set_state(state)
-            drawn.append(True)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            if not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+                drawn.append(True)
 
 
 def _cuda_generators() -> Iterable[torch.Generator]:
