@@ -23,6 +23,7 @@ import torch
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch.autograd.function import FunctionCtx
 
+from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
@@ -207,10 +208,10 @@ def _sharing_memory(outputs: Sequence[torch.Tensor], require_grad: Sequence[bool
 
     Those whose elements are of another form (views as real numbers, conjugates) are left alone.
     """
-    first: dict[int, torch.Tensor] = {}
+    first: dict[int | None, torch.Tensor] = {}
     known = []
     for output, requires_grad in zip(outputs, require_grad, strict=True):
-        base = first.setdefault(output.untyped_storage()._cdata, output)
+        base = first.setdefault(storage_key(output), output)
         if base is output or _elements(base) != _elements(output):
             known.append(output)
             continue

@@ -63,7 +63,7 @@ def _lay_out_tangents(graph: fx.Graph) -> None:
 
 
 def storage_key(value: Any) -> int | None:
-    """An identity of the storage behind a fake tensor, or None for other values."""
+    """A number that is the same for tensors, traced or real, which share memory; None for other values."""
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 

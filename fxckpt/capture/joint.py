@@ -25,7 +25,7 @@ from torch.fx.experimental import proxy_tensor
 
 from fxckpt.capture.absent import made_present
 from fxckpt.capture.checkpointed import checkpointing_bypassed
-from fxckpt.capture.cleanup import clean
+from fxckpt.capture.cleanup import clean, storage_key
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
 from fxckpt.capture.kernels import fills_keep_their_layout, own_kernels
@@ -87,7 +87,7 @@ class _Traced(nn.Module):
             for index, (owner, name) in enumerate(self.attributes):
                 owner[name] = getattr(self, f"attribute_{index}")
             flat, self.outputs = take_apart(self._forward(*args, **kwargs))
-            given_memory = {_memory(x) for x in (*tensors, *self.parameters(), *self.buffers())}
+            given_memory = {storage_key(x) for x in (*tensors, *self.parameters(), *self.buffers())}
         traced = {id(leaf): tensor for tensor, leaf in self.leaves.values()}
         return _told_apart([traced.get(id(tensor), tensor) for tensor in flat], given_memory)
 
@@ -128,7 +128,7 @@ class _Traced(nn.Module):
         return super().named_buffers(prefix, recurse, remove_duplicate=True)
 
 
-def _told_apart(outputs: list[torch.Tensor], given_memory: set[int]) -> list[torch.Tensor]:
+def _told_apart(outputs: list[torch.Tensor], given_memory: set[int | None]) -> list[torch.Tensor]:
     """The outputs, each with a tangent of its own even where one is a view of another.
 
     Else AOTAutograd would have one tangent for the tensor that is viewed, and its parts would be added up in another
@@ -139,16 +139,11 @@ def _told_apart(outputs: list[torch.Tensor], given_memory: set[int]) -> list[tor
     for output in outputs:
         if id(output) in own or output.layout is not torch.strided:
             continue
-        memory = _memory(output)
+        memory = storage_key(output)
         apart = memory not in given_memory and (output._base is not None or memory in seen)
         own[id(output)] = torch.ops.aten._unsafe_view(output, output.shape) if apart else output
         seen.add(memory)
     return [own.get(id(output), output) for output in outputs]
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    """A number that is the same for tensors which share memory."""
-    return tensor.untyped_storage()._cdata  # type: ignore[no-any-return]
 
 
 def _aliases(model: nn.Module) -> list[tuple[Place, Place]]:
