@@ -6,11 +6,13 @@ same value, and a copy in the same layout is its source.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors as aot
+from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 
 from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
@@ -31,6 +33,7 @@ def clean(module: fx.GraphModule) -> None:
     for node in graph.nodes:
         node.target = RECURRENT.get(node.target, node.target)
     _drop_unread_statistics(graph)
+    _leave_out_masked(graph)
     _split_convolution_backward(graph)
     _drop_copies(graph)
     _merge_views(graph)
@@ -92,6 +95,16 @@ def _drop_unread_statistics(graph: fx.Graph) -> None:
             node.args = (*node.args[:3], None, None, *node.args[5:])
 
 
+def _leave_out_masked(graph: fx.Graph) -> None:
+    """Results that an op is told not to compute are not there, though torch may describe them (batch norm's do)."""
+    for node in graph.nodes:
+        parameters = node.target._schema.arguments if isinstance(node.target, OpOverload) else ()
+        masks = [n for n, parameter in enumerate(parameters) if parameter.name == "output_mask" and n < len(node.args)]
+        for n in masks:
+            results = zip(node.meta["val"], node.args[n], strict=True)
+            node.meta["val"] = tuple(value if wanted else None for value, wanted in results)
+
+
 def _split_convolution_backward(graph: fx.Graph) -> None:
     """One op for the gradients of weight and bias, another for the input's: kernels compute them apart anyway.
 
@@ -119,10 +132,26 @@ def _drop_copies(graph: fx.Graph) -> None:
     """Replace copies in the same layout, and detached tensors, by their source."""
     kept = {storage_key(node.meta.get("val")) for node in graph.output_node().all_input_nodes}
     changed = {storage_key(node.meta["val"]) for node in _changed_inputs(graph)}
+    behind: dict[int | None, list[fx.Node]] = {}
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            behind.setdefault(storage_key(value), []).append(node)
     for node in list(graph.nodes):
         if node.target is aten.detach.default or _is_same_layout_copy(node, kept, changed):
-            node.replace_all_uses_with(_source(node))
+            source, views = _source(node), behind[storage_key(node.meta["val"])]
+            if any(view.target is aten.as_strided.default for view in views):
+                continue  # it counts from the start of the memory, where another value may be
+            node.replace_all_uses_with(source)
             graph.erase_node(node)
+            if storage_key(source.meta["val"]) != storage_key(node.meta["val"]):
+                _describe_again(view for view in views if view is not node)
+
+
+def _describe_again(views: Iterable[fx.Node]) -> None:
+    """Views whose source has changed are in its memory now."""
+    for view in views:
+        args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda node: node.meta["val"])
+        view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _source(node: fx.Node) -> fx.Node:

@@ -8,13 +8,16 @@ the duration of a capture.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import nn
 from torch._C import DispatchKey
 from torch._subclasses.functional_tensor import FunctionalTensorMode
+from torch.nn.modules import activation
 
 aten = torch.ops.aten
 
@@ -50,6 +53,51 @@ def own_kernels() -> Iterator[None]:
             overload._dispatch_cache.clear()
 
 
+@contextlib.contextmanager
+def fused_layers() -> Iterator[None]:
+    """Transformer layers call the kernels that they call in eager torch.
+
+    Where no gradients are wanted (a frozen encoder in eval mode) these are fused ones, which give other bits. The
+    layers ask whether they are traced, and then call others.
+    """
+    encoder = nn.TransformerEncoder
+    with (
+        mock.patch.object(torch.overrides, "has_torch_function", _is_overridden),
+        mock.patch.object(activation, "_is_make_fx_tracing", return_value=False),
+        mock.patch.object(encoder, "forward", functools.partialmethod(_encode, encoder.forward)),
+    ):
+        yield
+
+
+def _is_overridden(given: Iterable[Any]) -> bool:
+    """What `has_torch_function` answers, but for the modes in which models are captured.
+
+    Under autocast fused kernels would cast inside, which a captured one does not: layers should avoid them.
+    """
+    off = torch._C._disabled_torch_function_impl
+    kinds = {type(x) for x in given}
+    casts = torch.is_autocast_enabled("cpu") and any(issubclass(kind, torch.Tensor) for kind in kinds)
+    return casts or any(getattr(kind, "__torch_function__", off) is not off for kind in kinds - {torch.Tensor})
+
+
+def _encode(
+    encoder: nn.TransformerEncoder,
+    forward: Callable[..., torch.Tensor],
+    src: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    src_key_padding_mask: torch.Tensor | None = None,
+    is_causal: bool | None = None,
+) -> torch.Tensor:
+    first = encoder.layers[0]
+    is_trained = first.training or any(x.requires_grad for x in (src, *first.parameters()))
+    if encoder.use_nested_tensor and src_key_padding_mask is not None and mask is None and not is_trained:
+        raise NotImplementedError(
+            "a frozen nn.TransformerEncoder in eval mode leaves padding out where the mask allows it, by nested "
+            "tensors, which can't be captured. Give it enable_nested_tensor=False"
+        )
+    return forward(encoder, src, mask, src_key_padding_mask, is_causal)
+
+
 def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
     """One op, and nothing where nothing is dropped: torch would copy, and changes in place would go to the copy."""
     return aten.native_dropout(x, p, train)[0] if train and p != 0 else x
@@ -57,21 +105,36 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
 
 @contextlib.contextmanager
 def fills_keep_their_layout() -> Iterator[None]:
-    """Traced, `masked_fill_` becomes `masked_fill`, which lays out values anew that are not contiguous.
+    """Traced, `masked_fill_` and `bernoulli_` become ops that lay out values anew that are not contiguous.
 
-    Gradients of `maximum` are made with it. Sums over them would be made in another order.
+    Gradients of `maximum` are made with the first: sums over them would be made in another order. The second draws in
+    the order of memory (alpha dropout does, in memory like its input's).
     """
     original = FunctionalTensorMode.__torch_dispatch__
 
     def dispatch(mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        if func is not aten.masked_fill_.Scalar or args[0].is_contiguous():
+        filled = _FILLS.get(func)
+        if filled is None or args[0].is_contiguous():
             return original(mode, func, types, args, kwargs)
-        x, mask, value = args
         with mode:
-            return x.copy_(torch.where(mask, x.new_full((), value), x))
+            return args[0].copy_(filled(*args, **(kwargs or {})))
 
     with mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch):
         yield
+
+
+def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: float) -> torch.Tensor:
+    return torch.where(mask, x.new_full((), value), x)
+
+
+def _bernoulli(x: torch.Tensor, p: float = 0.5, **options: Any) -> torch.Tensor:
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    drawn: torch.Tensor = aten.bernoulli.p(x.permute(order), p, **options)
+    return drawn.permute([order.index(dim) for dim in range(x.dim())])
+
+
+_FILLS = {aten.masked_fill_.Scalar: _masked_fill, aten.bernoulli_.float: _bernoulli}
+"""Ops that change their first argument, and what they leave in it."""
 
 
 def _rewritten_overloads() -> Iterator[Any]:

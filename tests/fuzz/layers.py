@@ -50,6 +50,33 @@ class OutsideAutocast(nn.Module):
         return y
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm, but for a case where torch's own backward crashes: channels last, and no gradient for the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (x.requires_grad or x.is_contiguous()):
+            raise NotImplementedError("torch crashes in backward")
+        return super().forward(x)
+
+
+class TransformerLayer(nn.TransformerEncoderLayer):
+    """torch's own, but for a case where its kernel casts inside."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 2, 32, 0.15, batch_first=True)
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _check_cast(self, src)
+        return super().forward(src, *args, **kwargs)
+
+
+def _check_cast(layer: nn.Module, x: Tensor) -> None:
+    """Refuse what eager torch computes by a kernel that casts inside: attention under autocast, without gradients."""
+    is_trained = layer.training or any(t.requires_grad for t in (x, *layer.parameters()))
+    if torch.is_autocast_enabled("cpu") and not is_trained:
+        raise NotImplementedError("a captured kernel does not cast inside")
+
+
 class Across(nn.Module):
     """A layer that wants channels in another place: dimensions 1 and 2 change places before and after it."""
 
@@ -87,6 +114,7 @@ class SelfAttention(nn.Module):
         self.attention = nn.MultiheadAttention(width, 2, batch_first=True, **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_cast(self, x)
         y, weights = self.attention(x, x, x)
         out: Tensor = y + weights.mean()
         return out

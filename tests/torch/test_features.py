@@ -270,6 +270,59 @@ def test_on_sequences(name: str) -> None:
     compare(SEQUENCES[name](), rows(2, 6, 16))
 
 
+def _encoder(**options: Any) -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.15, batch_first=True), 2, **options)
+
+
+class Frozen(nn.Module):
+    """A frozen encoder in eval mode, and a layer that is trained."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.head = encoder.eval().requires_grad_(False), nn.Linear(16, 4)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        y = self.encoder(x, **options)
+        z: Tensor = self.head(y[0] if isinstance(y, tuple) else y)
+        return z
+
+
+FROZEN: dict[str, Callable[[], nn.Module]] = {
+    "frozen MultiheadAttention": SelfAttention,
+    "frozen TransformerEncoder": _encoder,
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+@pytest.mark.works("layers and ops", *FROZEN)
+def test_frozen_layers_run_their_fused_kernels_as_in_eager(name: str) -> None:
+    torch.manual_seed(0)
+    model = Frozen(FROZEN[name]())
+    compare(model, torch.randn(2, 6, 16))
+    optimized = fxckpt.optimize(model, "1GB", example_inputs=(torch.randn(2, 6, 16),))
+    targets = {str(node.target) for node in fxckpt.graphs(optimized).forward.graph.nodes}
+    assert targets & {"aten._native_multi_head_attention.default", "aten._transformer_encoder_layer_fwd.default"}
+
+
+@pytest.mark.works("errors", "a frozen encoder that leaves padding out by nested tensors is refused")
+def test_a_frozen_encoder_with_padding() -> None:
+    torch.manual_seed(0)
+    x, padding = torch.randn(2, 6, 16), torch.arange(6).expand(2, -1) > 3
+    with pytest.raises(CaptureError, match=r"test_features.*nested tensors.*enable_nested_tensor=False"):
+        fxckpt.optimize(
+            Frozen(_encoder()), "1GB", example_inputs=(x,), example_kwargs={"src_key_padding_mask": padding}
+        )
+    model = Frozen(_encoder(enable_nested_tensor=False))
+    options = {"src_key_padding_mask": padding}
+    optimized = fxckpt.optimize(copy.deepcopy(model), "1GB", example_inputs=(x,), example_kwargs=options)
+    assert_same_bits(optimized(x, **options), model(x, **options), "output")
+
+
 IMAGES: dict[str, Callable[[], nn.Module]] = {
     "grouped, dilated, strided": lambda: nn.Sequential(
         nn.Conv2d(4, 8, 3, 2, 1, groups=2), nn.SiLU(), nn.Conv2d(8, 8, 3, padding=2, dilation=2)

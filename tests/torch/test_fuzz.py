@@ -294,6 +294,30 @@ FOUND: dict[str, Trial] = {
         "save_all",
         unused=1,
     ),
+    "random fills draw in the order of memory": Trial(
+        Program(GIVEN_ROWS, (Line("views (rows)", (0,)), Line("alpha dropout", (1,))), (Output(2),)), "min_memory"
+    ),
+    "a gradient that nobody wants of batch norm is not there": Trial(
+        Program(
+            (Input("image"),),
+            (Line("batch norm 2d", (0,), dtype="double"),),
+            (Output(1),),
+            sizes=Sizes(batch=32, side=14),
+        ),
+        "save_all",
+        training=False,
+    ),
+    "views of a copy that was dropped are in its source's memory": Trial(
+        Program(
+            (Input("image", requires_grad=True),),
+            (Line("tanh (image)", (0,)), Line("changed view (image)", (1,), dtype="double")),
+            (Output(2),),
+            "bfloat16",
+            Sizes(batch=64, length=1),
+        ),
+        "save_all",
+        allocated=True,
+    ),
 }
 """Failures that the fuzzer has found, each repaired and now a test."""
 
