@@ -65,14 +65,22 @@ def main() -> None:
             figures = json.loads(comparison.to_json())
             results.append({"case": case.name, "budget_ratio": budget, "repeats": repeats, **figures})
     if options.output is not None:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "runs": options.runs,
-        }
-        options.output.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
+        _write(options.output, results)
+
+
+def _write(path: Path, results: list[dict[str, Any]]) -> None:
+    """Write results; those of other cases stay if they were measured on such a machine too."""
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("machine") == machine:
+        cases = {result["case"] for result in results}
+        results = [result for result in before["results"] if result["case"] not in cases] + results
+    path.write_text(json.dumps({"machine": machine, "results": results}, indent=1) + "\n")
 
 
 def _cells(comparison: Comparison) -> list[str]:
