@@ -133,7 +133,10 @@ def _bernoulli(x: torch.Tensor, p: float = 0.5, **options: Any) -> torch.Tensor:
     return drawn.permute([order.index(dim) for dim in range(x.dim())])
 
 
-_FILLS = {aten.masked_fill_.Scalar: _masked_fill, aten.bernoulli_.float: _bernoulli}
+_FILLS: dict[Any, Callable[..., torch.Tensor]] = {
+    aten.masked_fill_.Scalar: _masked_fill,
+    aten.bernoulli_.float: _bernoulli,
+}
 """Ops that change their first argument, and what they leave in it."""
 
 
