@@ -28,7 +28,7 @@ from fxckpt.capture.checkpointed import checkpointing_bypassed
 from fxckpt.capture.cleanup import clean, storage_key
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
-from fxckpt.capture.kernels import fills_keep_their_layout, fused_layers, own_kernels
+from fxckpt.capture.kernels import own_kernels
 from fxckpt.capture.layout import LAID_OUT
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
@@ -293,8 +293,6 @@ def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Te
     """Export the joint graph with the first flags that allow it."""
     stack.enter_context(torch.enable_grad())
     stack.enter_context(own_kernels())
-    stack.enter_context(fused_layers())
-    stack.enter_context(fills_keep_their_layout())
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")  # what the model has to say it says when it runs
     stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast

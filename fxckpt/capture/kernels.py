@@ -2,7 +2,7 @@
 
 While AOTAutograd traces, Python implementations registered for a few composite ops take the place of the C++ kernels.
 For compilers they are equivalent; bit for bit they are not (interpolation, recurrent layers). They are put aside for
-the duration of a capture.
+the duration of a capture, and layers that ask whether they are traced are told no.
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 
 @contextlib.contextmanager
 def own_kernels() -> Iterator[None]:
+    """What is traced within calls torch's own kernels."""
+    with _without_python_forms(), _fused_layers(), _fills_that_keep_their_layout():
+        yield
+
+
+@contextlib.contextmanager
+def _without_python_forms() -> Iterator[None]:
     """Put the Python implementations aside, and back."""
     aside: list[tuple[Any, DispatchKey, Any]] = []
     for overload in (*_rewritten_overloads(), aten.dropout.default):
@@ -54,7 +61,7 @@ def own_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def fused_layers() -> Iterator[None]:
+def _fused_layers() -> Iterator[None]:
     """Transformer layers call the kernels that they call in eager torch.
 
     Where no gradients are wanted (a frozen encoder in eval mode) these are fused ones, which give other bits. The
@@ -104,7 +111,7 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def fills_keep_their_layout() -> Iterator[None]:
+def _fills_that_keep_their_layout() -> Iterator[None]:
     """Traced, `masked_fill_` and `bernoulli_` become ops that lay out values anew that are not contiguous.
 
     Gradients of `maximum` are made with the first: sums over them would be made in another order. The second draws in
