@@ -6,6 +6,7 @@ in both, whichever of the two is changed. What fxckpt needs beside that lives in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt.capture.constants import only_value
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.compile import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.equivalence import check_same_step
@@ -115,6 +117,7 @@ class Planner:
         self.latest: Compiled | None = None
         self.forward = self.planned_forward()
         self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
+        self._asked: dict[Signature, tuple[int, ...]] = {}  # arguments whose values the model asks for
         self._lock = threading.Lock()
         self._watch = watch(plain)
 
@@ -151,14 +154,31 @@ class Planner:
         self, tensors: list[torch.Tensor], structure: Structure, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> _Entry | None:
         if self._watch.changed():
-            self._watch, self._entries = watch(self.plain), {}
-        signature = self._watch.signature(tensors, structure)
-        key = (signature, self._watch.gradients_allocated())
-        if key not in self._entries:
-            with self._lock:
-                if key not in self._entries:
-                    self._entries[key] = self._make_entry(key, tensors, args, kwargs)
-        return self._entries[key]
+            self._watch, self._entries, self._asked = watch(self.plain), {}, {}
+        allocated = self._watch.gradients_allocated()
+        with contextlib.suppress(KeyError):
+            return self._entries[self._signature(tensors, structure), allocated]
+        with self._lock:
+            key = (self._signature(tensors, structure), allocated)
+            if key not in self._entries:
+                entry = self._make_entry(key, tensors, args, kwargs)
+                if entry is not None and self._ask(tensors, structure, entry.expected.profile.joint.asked):
+                    entry.signature = self._signature(tensors, structure)
+                    key = (entry.signature, allocated)
+                self._entries[key] = entry
+            return self._entries[key]
+
+    def _signature(self, tensors: list[torch.Tensor], structure: Structure) -> Signature:
+        """The call's signature, with the values of arguments that the model asks for."""
+        form = self._watch.signature(tensors, structure)
+        return form, tuple([only_value(tensors[number]) for number in self._asked.get(form, ())])
+
+    def _ask(self, tensors: list[torch.Tensor], structure: Structure, asked: frozenset[int]) -> bool:
+        """Let signatures of such calls have the values of these arguments too. Returns whether that is new."""
+        form = self._watch.signature(tensors, structure)
+        before = self._asked.get(form, ())
+        self._asked[form] = tuple(sorted(asked.union(before)))
+        return self._asked[form] != before
 
     def _make_entry(
         self,
@@ -247,7 +267,7 @@ class Planner:
         outputs = ran.profile.joint.roles.outputs
         numbered = {outputs[index].tangent_number: stride for index, stride in present}
         with entry.ambient.restored(), torch.enable_grad():
-            if self._watch.changed() or self._watch.signature(*take_apart((tuple(args), kwargs))) != entry.signature:
+            if self._watch.changed() or self._signature(*take_apart((tuple(args), kwargs))) != entry.signature:
                 raise RuntimeContractError(
                     "backward started from other outputs than expected, and the model was changed since forward (its "
                     "mode, what requires grad, hooks, types). Run forward again, or change the model after backward"

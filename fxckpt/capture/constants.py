@@ -1,16 +1,20 @@
-"""Values that depend on nothing the step is given: a model that asks for them while it is traced gets them.
+"""Values that are known while nothing is computed: a model that asks for them while it is traced gets them.
 
 Positions made by `arange`, masks made from shapes: no tensor holds numbers while a graph is captured, so models could
 not look whether positions have gaps, as transformers do before they choose how to run attention, and would take another
 way than in eager. Such values are computed beside the graph, for as long as everything they are made of is known.
+
+Known is also an argument of integers that are all the same, as an attention mask is where nothing is padded. Then the
+graph is good for calls with this value only: `Constants.asked` says which arguments such answers depend on, given or
+not, and whoever calls the graph compares `only_value` of them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -70,13 +74,47 @@ _WARNS = "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
 
 
-class Constants(TorchFunctionMode):
-    """Computes what is known beside what is traced, and answers questions about it."""
+def only_value(tensor: Tensor) -> int | None:
+    """The one number that all elements of a tensor of integers or booleans are; None if there is none, or no number."""
+    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
+    if type(tensor) is not Tensor or not is_whole or tensor.is_meta or not 0 < tensor.numel() <= _MOST_ELEMENTS:
+        return None
+    with torch.no_grad():
+        first = tensor[(0,) * tensor.dim()]
+        return int(first) if bool((tensor == first).all()) else None
 
-    def __init__(self) -> None:
+
+class _Known(NamedTuple):
+    """Numbers, and the arguments that they are computed from."""
+
+    value: Tensor
+    arguments: frozenset[int]
+
+
+class Constants(TorchFunctionMode):
+    """Computes what is known beside what is traced, and answers questions about it.
+
+    Attributes:
+        asked: numbers of the arguments about whose values something was asked that depends on them alone.
+    """
+
+    def __init__(self, arguments: Sequence[Tensor]) -> None:
+        """`arguments` are the real ones, in whose place others are traced."""
         super().__init__()
-        self._known: Any = WeakIdKeyDictionary()  # traced tensor -> its values
+        self.asked: set[int] = set()
+        self._known: Any = WeakIdKeyDictionary()  # traced tensor -> what is known of it
+        self._values = [only_value(argument) for argument in arguments]
         self._patches = contextlib.ExitStack()
+
+    def traced(self, arguments: Sequence[Tensor]) -> None:
+        """These tensors are traced in the place of the arguments."""
+        for number, argument in enumerate(arguments):
+            if argument.is_floating_point() or argument.is_complex() or not 0 < argument.numel() <= _MOST_ELEMENTS:
+                continue
+            with _really():  # what is not known is computed as zeros, and not told
+                number_or_zero, device = self._values[number] or 0, _real(argument.device)
+                value = torch.full(argument.shape, number_or_zero, dtype=argument.dtype, device=device)
+            self._known[argument] = _Known(value, frozenset({number}))
 
     def __enter__(self) -> Constants:
         self._patches.enter_context(mock.patch.object(FunctionalTensor, "tolist", Tensor.tolist))  # seen by modes, too
@@ -99,15 +137,25 @@ class Constants(TorchFunctionMode):
         read = given[1:] if func in _MADE_OF_A_FORM else given
         known = all(x in self._known for x in read) and (bool(given) or func in _MADE_OF_NOTHING)
         if known and func in _READS:
-            return self._compute(func, args, kwargs)
+            arguments = frozenset[int]().union(*(self._known[x].arguments for x in read))
+            self.asked |= arguments
+            if all(self._values[number] is not None for number in arguments):
+                return self._compute(func, args, kwargs)
         result = func(*args, **kwargs)
         if known and not any(part in _name(func) for part in _UNKNOWN_PARTS):
-            self._note(func, args, kwargs, result)
+            self._note(func, args, kwargs, result, frozenset().union(*(self._known[x].arguments for x in read)))
         elif given and _changes(func, kwargs) and any(x in self._known for x in given):
             self._known.clear()  # what is changed may be seen through other tensors too
         return result
 
-    def _note(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _note(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        arguments: frozenset[int],
+    ) -> None:
         """Compute what was just traced; values of results that are too large, or drawn at random, are not known."""
         made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
         if not made and not _changes(func, kwargs):
@@ -119,7 +167,7 @@ class Constants(TorchFunctionMode):
                 values = [x for x in pytree.tree_leaves(self._compute(func, args, kwargs)) if isinstance(x, Tensor)]
         if len(values) == len(made) and not drawn:
             for tensor, value in zip(made, values, strict=True):
-                self._known[tensor] = value
+                self._known[tensor] = _Known(value, arguments)
         elif _changes(func, kwargs):
             self._known.clear()
 
@@ -130,7 +178,7 @@ class Constants(TorchFunctionMode):
 
     def _value(self, given: Any) -> Any:
         if isinstance(given, Tensor) and given in self._known:
-            return self._known[given]
+            return self._known[given].value
         if isinstance(given, Tensor):  # only its form is asked for
             return torch.empty((), dtype=given.dtype, device=_real(given.device)).expand(given.shape)
         return _real(given) if isinstance(given, (str, torch.device)) else given

@@ -52,6 +52,8 @@ class JointGraph:
         outputs: structure of what the model returns.
         places: module path and source line of each node.
         device: where the model is.
+        asked: numbers of the arguments (tensors, in the order of `inputs`) of which the graph holds for the present
+            `only_value` alone.
     """
 
     module: fx.GraphModule
@@ -60,17 +62,23 @@ class JointGraph:
     outputs: Structure
     places: dict[fx.Node, tuple[str, str]]
     device: torch.device
+    asked: frozenset[int]
 
 
 class _Traced(nn.Module):
     """The model as a function of flat tensors, with plain tensor attributes turned into buffers."""
 
     def __init__(
-        self, model: nn.Module, forward: Callable[..., Any], inputs: Structure, is_leaf: Sequence[bool]
+        self,
+        model: nn.Module,
+        forward: Callable[..., Any],
+        inputs: Structure,
+        is_leaf: Sequence[bool],
+        constants: Constants,
     ) -> None:
         """`is_leaf` says which tensors among the inputs are leaves in eager."""
         super().__init__()
-        self.model = model
+        self.model, self._constants = model, constants
         self._forward, self._inputs, self._is_leaf = forward, inputs, is_leaf
         self.outputs: Structure | None = None
         self.attributes = tensor_attributes(model)
@@ -82,6 +90,7 @@ class _Traced(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
         self.leaves = {}
         given = [self._leaf(x) if is_leaf else x for x, is_leaf in zip(tensors, self._is_leaf, strict=True)]
+        self._constants.traced(given)
         args, kwargs = put_together(self._inputs, iter(given))
         with self._parameters_as_leaves(), _tied(self._aliases), unchanged(self.model, self.attributes):
             for index, (owner, name) in enumerate(self.attributes):
@@ -208,13 +217,14 @@ def capture(
     tensors, inputs = take_apart((tuple(args), kwargs or {}))
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
-    traced = _Traced(model, call, inputs, [x.is_leaf for x in tensors])
+    constants = Constants(tensors)
+    traced = _Traced(model, call, inputs, [x.is_leaf for x in tensors], constants)
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
         Provenance(modules),
-        Constants(),
+        constants,
         contextlib.ExitStack() as stack,
     ):
         if device.type != "cuda":
@@ -226,7 +236,8 @@ def capture(
         raise CaptureError("the model's forward was never called while it was captured")
     module, metadata = joint.graph_module, joint._aot_state.fw_metadata
     clean(module)
-    return JointGraph(module, read_roles(module.graph, metadata), inputs, outputs, of_nodes(module.graph), device)
+    roles, places = read_roles(module.graph, metadata), of_nodes(module.graph)
+    return JointGraph(module, roles, inputs, outputs, places, device, frozenset(constants.asked))
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import fxckpt
+from fxckpt.capture.constants import only_value
 from fxckpt.capture.joint import capture
 from fxckpt.errors import CaptureError
+from fxckpt.optimized import planner_of
 from tests.models import case, project
 from tests.training import assert_same_step, plain_step, run_step
 
@@ -90,6 +93,88 @@ def test_what_is_not_known_is_refused(name: str) -> None:
     with pytest.raises(CaptureError, match=r"test_constants.py:\d+ .* reads the value of a tensor"):
         fxckpt.optimize(model, "1GB", example_inputs=(x,))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Masked(nn.Module):
+    """Leaves the mask out where it masks nothing, or everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        part = mask[:, 1:].to(torch.bool)
+        y: Tensor = self.layer(x)
+        if part.all():
+            return torch.tanh(y)
+        return torch.sigmoid(y) if not part.any() else y * mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long])
+@pytest.mark.works("layers and ops", "branches on whether a mask masks nothing")
+def test_an_argument_of_one_value_is_told(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = Masked(), torch.randn(5, 6)
+    optimized = fxckpt.optimize(copy.deepcopy(model), "1GB", solver="min_memory")
+    for value in (1, 0, 1, 0):
+        for one in (model, optimized):
+            one.zero_grad()
+        given = (x, torch.full((5, 6), value, dtype=dtype))
+        assert_same_step(run_step(optimized, given, {}, project), plain_step(model, given, {}, project))
+    planner = planner_of(optimized)
+    assert planner is not None
+    assert len(planner.compiled()) == 2
+    with pytest.raises(CaptureError, match=r"test_constants.py:\d+ .* reads the value of a tensor"):
+        optimized(x, torch.eye(6)[:5].to(dtype))
+
+
+def test_what_an_argument_is_made_into_while_it_is_traced_does_not_change_it() -> None:
+    def changes(mask: Tensor) -> bool:
+        mask[:, 0] = 0
+        return bool(mask.any())
+
+    class Changes(Asks):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            assert mask is not None
+            remains = self.question(mask)
+            y: Tensor = self.layer(x) * mask
+            return y if remains else y + 1
+
+    x, mask = torch.randn(5, 6), torch.ones(5, 6, dtype=torch.long)
+    fxckpt.optimize(Changes(changes), "1GB", example_inputs=(x, mask))
+    assert mask.all()
+
+
+def test_the_only_value() -> None:
+    assert only_value(torch.full((2, 3), 7)) == 7
+    assert only_value(torch.ones(3, dtype=torch.bool)) == 1
+    assert only_value(torch.tensor(0)) == 0
+    for tensor in (torch.arange(3), torch.ones(3), torch.ones(3).to(torch.complex64), torch.ones(0, dtype=torch.long)):
+        assert only_value(tensor) is None
+    assert only_value(torch.ones(3, dtype=torch.long, device="meta")) is None
+    assert only_value(torch.ones(2**21, dtype=torch.uint8)) is None
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "llama"])
+@pytest.mark.works("fused attention", "transformers with an attention mask that masks nothing, and with one that does")
+def test_masks_of_transformers(name: str) -> None:
+    chosen = case(name)
+    model, args, kwargs = chosen.build()
+    everything = torch.ones(4, 32, dtype=torch.long)
+    padded = everything.clone()
+    padded[0, -5:] = 0
+    optimized = fxckpt.optimize(copy.deepcopy(model), "8GB", solver="min_memory")
+    for mask in (everything, padded, everything):
+        for one in (model, optimized):
+            one.zero_grad()
+        given = {**kwargs, "attention_mask": mask}
+        assert_same_step(run_step(optimized, args, given, chosen.loss), plain_step(model, args, given, chosen.loss))
+    planner = planner_of(optimized)
+    assert planner is not None
+    assert len(planner.compiled()) == 2
+    profile = planner.compiled()[0].profile  # of the mask that masks nothing
+    assert profile.joint.asked
+    assert not any(node.kwargs.get("attn_mask") for node in profile.joint.module.graph.nodes)
 
 
 @pytest.mark.parametrize("name", ["roberta", "llama"])
