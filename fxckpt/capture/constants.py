@@ -69,6 +69,7 @@ _CHANGES = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 ) | {"__setitem__", "__set__"}
 _UNKNOWN_PARTS = ("empty", "resize")
+_FAILURES = (RuntimeError, IndexError, ValueError)
 _MOST_ELEMENTS = 2**20
 _WARNS = "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
@@ -136,15 +137,19 @@ class Constants(TorchFunctionMode):
         given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         read = given[1:] if func in _MADE_OF_A_FORM else given
         known = all(x in self._known for x in read) and (bool(given) or func in _MADE_OF_NOTHING)
+        arguments = frozenset[int]().union(*(self._known[x].arguments for x in read if x in self._known))
         if known and func in _READS:
-            arguments = frozenset[int]().union(*(self._known[x].arguments for x in read))
             self.asked |= arguments
             if all(self._values[number] is not None for number in arguments):
                 return self._compute(func, args, kwargs)
+        changes = _changes(func, kwargs)
+        if changes and known:  # else other views of what is changed would not tell what it depends on now
+            known = all(self._known[x].arguments == arguments for x in given)
+        known = known and not any(part in _name(func) for part in _UNKNOWN_PARTS)
         result = func(*args, **kwargs)
-        if known and not any(part in _name(func) for part in _UNKNOWN_PARTS):
-            self._note(func, args, kwargs, result, frozenset().union(*(self._known[x].arguments for x in read)))
-        elif given and _changes(func, kwargs) and any(x in self._known for x in given):
+        if known:
+            self._note(func, args, kwargs, result, arguments)
+        elif changes and any(x in self._known for x in given):
             self._known.clear()  # what is changed may be seen through other tensors too
         return result
 
@@ -163,7 +168,7 @@ class Constants(TorchFunctionMode):
         values: list[Any] = []
         drawn: list[bool] = []
         if sum(x.numel() for x in made) <= _MOST_ELEMENTS:
-            with contextlib.suppress(RuntimeError), _really(), _noting_draws(drawn):
+            with contextlib.suppress(*_FAILURES), _really(), _noting_draws(drawn):
                 values = [x for x in pytree.tree_leaves(self._compute(func, args, kwargs)) if isinstance(x, Tensor)]
         if len(values) == len(made) and not drawn:
             for tensor, value in zip(made, values, strict=True):

@@ -128,6 +128,22 @@ def test_an_argument_of_one_value_is_told(dtype: torch.dtype) -> None:
         optimized(x, torch.eye(6)[:5].to(dtype))
 
 
+def test_an_answer_holds_for_what_was_changed_by_an_argument_too() -> None:
+    class Changed(Asks):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+            assert mask is not None
+            y, zeros = self.layer(x), torch.zeros(6)
+            part = zeros[:1]
+            zeros += mask[0]
+            return torch.tanh(y) if self.question(part) else y * mask
+
+    torch.manual_seed(0)
+    model, x = Changed(lambda part: bool(part.any())), torch.randn(5, 6)
+    optimized = fxckpt.optimize(copy.deepcopy(model), "1GB", solver="min_memory")
+    with pytest.raises(CaptureError, match="reads the value of a tensor"):  # not known through all views: not told
+        optimized(x, torch.ones(5, 6, dtype=torch.long))
+
+
 def test_what_an_argument_is_made_into_while_it_is_traced_does_not_change_it() -> None:
     def changes(mask: Tensor) -> bool:
         mask[:, 0] = 0
