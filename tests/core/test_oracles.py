@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
 
+from benchmarks.chain_optimum import fewest_repeats
 from benchmarks.lower_bound import LowerBound
 from fxckpt.errors import SolverError
 from fxckpt.graph import Graph, Op, Storage, StorageKind
@@ -213,6 +214,47 @@ def chains(draw: st.DrawFn, *, most_layers: int) -> Graph:
     graph = chain(sizes_bytes, weight_bytes=draw(st.integers(0, 20)), last_bytes=draw(st.integers(1, 20)))
     ops = tuple(replace(op, time_us=float(draw(st.integers(1, 30)))) for op in graph.ops)
     return replace(graph, ops=ops, gradients_allocated=draw(st.booleans()))
+
+
+def _of_products(layers: int) -> Graph:
+    """The step that `fewest_repeats` is about, a unit being a byte; a layer's forward takes a microsecond."""
+    storages, ops = [Storage("x", 0, "input"), Storage("tangent", 1, "tangent")], list[Op]()
+
+    def add(name: str, reads: tuple[int, ...], kind: StorageKind, size_bytes: int = 1, time_us: float = 0.0) -> int:
+        storages.append(Storage(name, size_bytes, kind))
+        ops.append(Op(name, "op", reads, (len(storages) - 1,), time_us=time_us))
+        return len(storages) - 1
+
+    results = [0]
+    for number in range(layers):
+        product = add(f"product_{number}", (results[-1],), "activation", time_us=1.0)
+        results.append(add(f"result_{number}", (product,), "activation"))
+    output = add("output", (results[-1],), "activation", 0)
+    forward_count, gradient, gradients = len(ops), 1, list[int]()
+    for number in reversed(range(layers)):
+        gradient = add(f"of_product_{number}", (gradient, results[number + 1]), "backward")
+        weight_reads = (gradient, results[number])
+        if number:
+            gradient = add(f"of_input_{number}", (gradient,), "backward")
+        gradients.append(add(f"of_weight_{number}", weight_reads, "backward", 0))
+    return Graph(tuple(ops), tuple(storages), forward_count, outputs=(output,), gradients=tuple(gradients))
+
+
+@pytest.mark.parametrize(("layers", "units"), [(3, 4), (4, 4), (4, 5), (5, 5)])
+def test_the_fewest_repeats_are_those_of_milp(layers: int, units: int) -> None:
+    graph = _of_products(layers)
+    optimum = simulate(graph, milp(graph, units))
+    assert optimum.peak_bytes <= units
+    assert fewest_repeats(layers, units, 99) == optimum.recompute_us
+
+
+@pytest.mark.parametrize(("layers", "units"), [(8, 5), (10, 6), (12, 6), (16, 6)])
+def test_dp_repeats_no_more_of_a_chain_than_it_must(layers: int, units: int) -> None:
+    graph = _of_products(layers)
+    found = simulate(graph, dp(graph, units))
+    assert found.peak_bytes <= units
+    assert fewest_repeats(layers, units, 99) == found.recompute_us
+    assert fewest_repeats(layers, units, int(found.recompute_us) - 1) is None
 
 
 def test_exhaustive_without_room_gives_the_lowest_peak() -> None:
