@@ -4,7 +4,7 @@ Positions made by `arange`, masks made from shapes: no tensor holds numbers whil
 not look whether positions have gaps, as transformers do before they choose how to run attention, and would take another
 way than in eager. Such values are computed beside the graph, for as long as everything they are made of is known.
 
-Known is also an argument of integers that are all the same, as an attention mask is where nothing is padded. Then the
+Known is also an argument of integers that are all 0 or all 1, as an attention mask is where nothing is padded. Then the
 graph is good for calls with this value only: `Constants.asked` says which arguments such answers depend on, given or
 not, and whoever calls the graph compares `only_value` of them.
 """
@@ -76,13 +76,16 @@ _WARNS = "warn_if_padding_and_no_attention_mask"
 
 
 def only_value(tensor: Tensor) -> int | None:
-    """The one number that all elements of a tensor of integers or booleans are; None if there is none, or no number."""
+    """0 or 1 if all elements of a tensor of integers or booleans are that, as those of masks are; else None.
+
+    A single number is none: it may be another at each call, and each would be planned for.
+    """
     is_whole = not (tensor.is_floating_point() or tensor.is_complex())
-    if type(tensor) is not Tensor or not is_whole or tensor.is_meta or not 0 < tensor.numel() <= _MOST_ELEMENTS:
+    if type(tensor) is not Tensor or not is_whole or tensor.is_meta or not 1 < tensor.numel() <= _MOST_ELEMENTS:
         return None
     with torch.no_grad():
-        first = tensor[(0,) * tensor.dim()]
-        return int(first) if bool((tensor == first).all()) else None
+        first = int(tensor[(0,) * tensor.dim()])
+        return first if first in (0, 1) and bool((tensor == first).all()) else None
 
 
 class _Known(NamedTuple):

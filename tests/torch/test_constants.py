@@ -162,10 +162,11 @@ def test_what_an_argument_is_made_into_while_it_is_traced_does_not_change_it() -
 
 
 def test_the_only_value() -> None:
-    assert only_value(torch.full((2, 3), 7)) == 7
     assert only_value(torch.ones(3, dtype=torch.bool)) == 1
-    assert only_value(torch.tensor(0)) == 0
-    for tensor in (torch.arange(3), torch.ones(3), torch.ones(3).to(torch.complex64), torch.ones(0, dtype=torch.long)):
+    assert only_value(torch.zeros(2, 3, dtype=torch.long)) == 0
+    for tensor in (torch.arange(3), torch.full((2, 3), 7), torch.tensor(1), torch.ones(0, dtype=torch.long)):
+        assert only_value(tensor) is None
+    for tensor in (torch.ones(3), torch.ones(3).to(torch.complex64)):
         assert only_value(tensor) is None
     assert only_value(torch.ones(3, dtype=torch.long, device="meta")) is None
     assert only_value(torch.ones(2**21, dtype=torch.uint8)) is None
