@@ -44,7 +44,7 @@ TOLERANCE, SLACK_BYTES = 0.01, 8192
 """How far the measured peak may be from the simulated one; `SLACK_BYTES` for states of generators and numbers."""
 
 TRANSPOSING_BYTES = 60 * 60 * 8
-"""A buffer of torch's copies into another layout. Autograd makes one of an input's gradient where the layouts differ."""
+"""A buffer of copies into another layout. Autograd makes one of an input's gradient where the layouts differ."""
 
 REFUSALS = re.compile(
     "forward changes an input in place and gradients flow|Run forward again|has been modified by an inplace operation"
