@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from math import fsum
 from typing import Any, Literal, get_args
 
 from fxckpt.errors import PlanFormatError
@@ -122,7 +123,7 @@ class Graph:
     @cached_property
     def step_us(self) -> float:
         """Time of one plain step by the cost model: every op once [µs]."""
-        return sum(op.time_us for op in self.ops)
+        return fsum(op.time_us for op in self.ops)
 
     @cached_property
     def stage_bytes(self) -> int:

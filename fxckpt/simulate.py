@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import fsum
 from typing import Literal
 
 import numpy as np
@@ -159,8 +160,8 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
         size_bytes = graph.storages[life.storage].size_bytes
         change[life.born] += size_bytes
         change[life.dies + 1] -= size_bytes
-    step_us = sum(graph.ops[i].time_us for i in schedule.order)
-    recompute_us = sum(graph.ops[i].time_us * count for i, count in schedule.repeats().items())
+    step_us = fsum(graph.ops[i].time_us for i in schedule.order)  # the same in whatever order
+    recompute_us = fsum(graph.ops[i].time_us * count for i, count in schedule.repeats().items())
     live_bytes = graph.static_bytes + np.cumsum(change[:steps]) + _workspace_bytes(graph, schedule)
     return Timeline(graph, schedule, lifetimes, live_bytes, step_us, recompute_us)
 

@@ -242,6 +242,14 @@ def test_time_is_the_sum_over_runs(drawn: tuple[Graph, Schedule]) -> None:
     ]
 
 
+def test_time_does_not_depend_on_the_order_in_the_last_bit() -> None:
+    storages = (Storage("x", 1, "input"), *(Storage(f"y{i}", 1, "activation") for i in range(3)))
+    ops = tuple(Op(f"f{i}", "op", (0,), (i + 1,), time_us=time_us) for i, time_us in enumerate((0.1, 0.2, 0.3)))
+    graph = Graph(ops, storages, 0, outputs=(), gradients=())
+    times = {simulate(graph, Schedule(order, 0)).step_us for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0))}
+    assert times == {graph.step_us}
+
+
 @given(graphs_with_schedules())
 def test_every_breakdown_adds_up(drawn: tuple[Graph, Schedule]) -> None:
     timeline = simulate(*drawn)
