@@ -9,7 +9,7 @@ instead of its ReLU is never better.
 
 The search is A* (Hart, Nilsson, Raphael 1968) over what is stored and how far backward is. What is still to be made
 again is bounded from below by what each gap between stored activations costs alone, with as many units as there could
-be for it (the recurrence of Griewank and Walther 2000).
+be for it (the closed form of Griewank and Walther 2000).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 from benchmarks.optimality import GRAPHS, Problem, accounted
 from fxckpt.graph import Graph
 from fxckpt.solvers import solve
+from fxckpt.solvers.treeverse import forward_steps
 
 _State = tuple[int, int, int]
 """Layer, phase of its backward, and the stored activations as bits.
@@ -123,11 +124,7 @@ class _Search:
 @cache
 def _alone(missing: int, units: int) -> int:
     """Repeats to have each of so many missing activations, the last first, what is before them being stored."""
-    everything = missing * (missing + 1) // 2
-    if units <= 0:
-        return everything
-    kept = (k + _alone(missing - k, units - 1) + _alone(k - 1, units) for k in range(1, missing))
-    return min(everything, *kept) if missing > 1 else everything
+    return forward_steps(missing + 1, units + 1)
 
 
 def main() -> None:

@@ -155,30 +155,23 @@ class Planner:
     ) -> _Entry | None:
         if self._watch.changed():
             self._watch, self._entries, self._asked = watch(self.plain), {}, {}
-        allocated = self._watch.gradients_allocated()
+        form, allocated = self._watch.signature(tensors, structure), self._watch.gradients_allocated()
         with contextlib.suppress(KeyError):
-            return self._entries[self._signature(tensors, structure), allocated]
+            return self._entries[self._with_values(form, tensors), allocated]
         with self._lock:
-            key = (self._signature(tensors, structure), allocated)
-            if key not in self._entries:
-                entry = self._make_entry(key, tensors, args, kwargs)
-                if entry is not None and self._ask(tensors, structure, entry.expected.profile.joint.asked):
-                    entry.signature = self._signature(tensors, structure)
-                    key = (entry.signature, allocated)
-                self._entries[key] = entry
-            return self._entries[key]
+            signature = self._with_values(form, tensors)
+            if (signature, allocated) not in self._entries:
+                entry = self._make_entry((signature, allocated), tensors, args, kwargs)
+                if entry is not None:
+                    asked = entry.expected.profile.joint.asked
+                    self._asked[form] = tuple(sorted(asked.union(self._asked.get(form, ()))))
+                    entry.signature = signature = self._with_values(form, tensors)
+                self._entries[signature, allocated] = entry
+            return self._entries[signature, allocated]
 
-    def _signature(self, tensors: list[torch.Tensor], structure: Structure) -> Signature:
-        """The call's signature, with the values of arguments that the model asks for."""
-        form = self._watch.signature(tensors, structure)
+    def _with_values(self, form: Signature, tensors: list[torch.Tensor]) -> Signature:
+        """A call's signature, given that of its form: with the values of arguments that the model asks for."""
         return form, tuple([only_value(tensors[number]) for number in self._asked.get(form, ())])
-
-    def _ask(self, tensors: list[torch.Tensor], structure: Structure, asked: frozenset[int]) -> bool:
-        """Let signatures of such calls have the values of these arguments too. Returns whether that is new."""
-        form = self._watch.signature(tensors, structure)
-        before = self._asked.get(form, ())
-        self._asked[form] = tuple(sorted(asked.union(before)))
-        return self._asked[form] != before
 
     def _make_entry(
         self,
@@ -267,7 +260,11 @@ class Planner:
         outputs = ran.profile.joint.roles.outputs
         numbered = {outputs[index].tangent_number: stride for index, stride in present}
         with entry.ambient.restored(), torch.enable_grad():
-            if self._watch.changed() or self._signature(*take_apart((tuple(args), kwargs))) != entry.signature:
+            tensors, structure = take_apart((tuple(args), kwargs))
+            if (
+                self._watch.changed()
+                or self._with_values(self._watch.signature(tensors, structure), tensors) != entry.signature
+            ):
                 raise RuntimeContractError(
                     "backward started from other outputs than expected, and the model was changed since forward (its "
                     "mode, what requires grad, hooks, types). Run forward again, or change the model after backward"

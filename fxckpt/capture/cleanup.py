@@ -33,8 +33,8 @@ def clean(module: fx.GraphModule) -> None:
     for node in graph.nodes:
         node.target = RECURRENT.get(node.target, node.target)
     _drop_unread_statistics(graph)
-    _leave_out_masked(graph)
     _split_convolution_backward(graph)
+    _leave_out_masked(graph)
     _drop_copies(graph)
     _merge_views(graph)
     _own_gradients(graph)
@@ -120,8 +120,7 @@ def _split_convolution_backward(graph: fx.Graph) -> None:
         for name, mask in ("weight", (False, of_weight, of_bias)), ("input", (True, False, False)):
             with graph.inserting_before(node):
                 half = graph.call_function(node.target, (*arguments, list(mask)), name=f"{node.name}_{name}")
-            value = tuple(v if wanted else None for v, wanted in zip(node.meta["val"], mask, strict=True))
-            half.meta = node.meta | {"val": value}
+            half.meta = dict(node.meta)
             halves.append(half)
         for picked in list(node.users):
             picked.replace_input_with(node, halves[picked.args[1] == 0])
@@ -132,19 +131,23 @@ def _drop_copies(graph: fx.Graph) -> None:
     """Replace copies in the same layout, and detached tensors, by their source."""
     kept = {storage_key(node.meta.get("val")) for node in graph.output_node().all_input_nodes}
     changed = {storage_key(node.meta["val"]) for node in _changed_inputs(graph)}
-    behind: dict[int | None, list[fx.Node]] = {}
+    views: dict[int | None, dict[fx.Node, None]] = {}
     for node in graph.nodes:
         for value in pytree.tree_leaves(node.meta.get("val")):
-            behind.setdefault(storage_key(value), []).append(node)
+            views.setdefault(storage_key(value), {})[node] = None
     for node in list(graph.nodes):
-        if node.target is aten.detach.default or _is_same_layout_copy(node, kept, changed):
-            source, views = _source(node), behind[storage_key(node.meta["val"])]
-            if any(view.target is aten.as_strided.default for view in views):
-                continue  # it counts from the start of the memory, where another value may be
-            node.replace_all_uses_with(source)
-            graph.erase_node(node)
-            if storage_key(source.meta["val"]) != storage_key(node.meta["val"]):
-                _describe_again(view for view in views if view is not node)
+        if node.target is aten.detach.default:
+            _replace_by_source(node)
+        elif _is_same_layout_copy(node, kept, changed):
+            others = [view for view in views[storage_key(node.meta["val"])] if view is not node]
+            if all(view.target is not aten.as_strided.default for view in others):  # else it counts from another start
+                _replace_by_source(node)
+                _describe_again(others)
+
+
+def _replace_by_source(node: fx.Node) -> None:
+    node.replace_all_uses_with(_source(node))
+    node.graph.erase_node(node)
 
 
 def _describe_again(views: Iterable[fx.Node]) -> None:

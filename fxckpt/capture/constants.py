@@ -80,12 +80,15 @@ def only_value(tensor: Tensor) -> int | None:
 
     A single number is none: it may be another at each call, and each would be planned for.
     """
-    is_whole = not (tensor.is_floating_point() or tensor.is_complex())
-    if type(tensor) is not Tensor or not is_whole or tensor.is_meta or not 1 < tensor.numel() <= _MOST_ELEMENTS:
+    if type(tensor) is not Tensor or tensor.is_meta or not _may_be_mask(tensor):
         return None
     with torch.no_grad():
         first = int(tensor[(0,) * tensor.dim()])
         return first if first in (0, 1) and bool((tensor == first).all()) else None
+
+
+def _may_be_mask(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) and 1 < tensor.numel() <= _MOST_ELEMENTS
 
 
 class _Known(NamedTuple):
@@ -113,7 +116,7 @@ class Constants(TorchFunctionMode):
     def traced(self, arguments: Sequence[Tensor]) -> None:
         """These tensors are traced in the place of the arguments."""
         for number, argument in enumerate(arguments):
-            if argument.is_floating_point() or argument.is_complex() or not 0 < argument.numel() <= _MOST_ELEMENTS:
+            if not _may_be_mask(argument):
                 continue
             with _really():  # what is not known is computed as zeros, and not told
                 number_or_zero, device = self._values[number] or 0, _real(argument.device)

@@ -245,7 +245,7 @@ def _of_products(layers: int) -> Graph:
     ("solver", "layers", "units"),
     [
         *((milp, *sizes) for sizes in ((3, 4), (4, 4), (4, 5), (5, 5))),
-        *((dp, n, 6 - (n == 8)) for n in (8, 10, 12, 16)),
+        *((dp, *sizes) for sizes in ((8, 5), (10, 6), (12, 6), (16, 6))),
     ],
 )
 def test_a_chain_is_repeated_no_more_than_it_must(
