@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.models import Arguments, Bottleneck, Case, gpt, tokens, unet
+
+Halves = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class RMSNorm(nn.Module):
@@ -22,18 +24,31 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions, halves of the last dimension as pairs."""
+def by_chunk(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The halves of the last dimension; in backward one `cat` joins their gradients."""
     first, second = x.chunk(2, -1)
-    return x * cos + torch.cat((-second, first), -1) * sin
+    return first, second
+
+
+def by_slices(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same; in backward each half's gradient is filled up with zeros, and the two are added."""
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+class Copy(nn.Module):
+    """What AOTAutograd traces of dropout with p = 0, and eager leaves out: a copy in forward, nothing in backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0
 
 
 class LlamaBlock(nn.Module):
     """Pre-norm attention with rotary positions, and a gated feed-forward layer; no biases."""
 
-    def __init__(self, width: int, heads: int, hidden: int) -> None:
+    def __init__(self, width: int, heads: int, hidden: int, halves: Halves) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.halves = heads, halves
         self.norm_1, self.norm_2 = RMSNorm(width), RMSNorm(width)
         self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
@@ -46,21 +61,28 @@ class LlamaBlock(nn.Module):
             layer(y).view(batch, length, self.heads, width // self.heads).transpose(1, 2)
             for layer in (self.query, self.key, self.value)
         )
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = self.rotated(query, cos, sin), self.rotated(key, cos, sin)
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).reshape(batch, length, width))
         y = self.norm_2(x)
         z: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
         return z
 
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotary positions, halves of the last dimension as pairs."""
+        first, second = self.halves(x)
+        return x * cos + torch.cat((-second, first), -1) * sin
+
 
 class Llama(nn.Module):
     """A Llama-like decoder that returns logits."""
 
-    def __init__(self, layers: int, width: int, heads: int, hidden: int, vocabulary: int, length: int) -> None:
+    def __init__(
+        self, layers: int, width: int, heads: int, hidden: int, vocabulary: int, length: int, halves: Halves
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(LlamaBlock(width, heads, hidden) for _ in range(layers))
+        self.blocks = nn.ModuleList(LlamaBlock(width, heads, hidden, halves) for _ in range(layers))
         self.norm = RMSNorm(width)
         self.head = nn.Linear(width, vocabulary, bias=False)
         half = width // heads
@@ -103,8 +125,18 @@ class Stack(nn.Module):
         return y
 
 
-def llama(layers: int, width: int, hidden: int, length: int, batch: int) -> tuple[nn.Module, Arguments]:
-    return Llama(layers, width, 4, hidden, 1000, length), ((tokens(batch, length),), {})
+def llama(
+    layers: int, width: int, hidden: int, length: int, batch: int, halves: Halves = by_chunk
+) -> tuple[nn.Module, Arguments]:
+    return Llama(layers, width, 4, hidden, 1000, length, halves), ((tokens(batch, length),), {})
+
+
+def gpt_copies(layers: int, width: int, length: int, batch: int, vocabulary: int) -> tuple[nn.Module, Arguments]:
+    """The GPT without dropout, with a copy where dropout would be."""
+    model, inputs = gpt(layers, width, length, batch, vocabulary, 0.0)
+    for block in model.blocks:  # type: ignore[union-attr]
+        block.dropout = Copy()
+    return model, inputs
 
 
 def llama3_8b() -> tuple[nn.Module, Arguments]:
@@ -146,6 +178,8 @@ CASES: tuple[Case, ...] = (
     Case("gpt1", lambda: gpt(1, 256, 256, 4, 1000, 0.0)),
     Case("bottleneck1", lambda: bottleneck(256, 64, 8, 24)),
     Case("unet1", lambda: unet(1, 16, 4, 96)),
+    Case("gpt12_copies", lambda: gpt_copies(12, 256, 256, 4, 1000)),
     Case("llama12", lambda: llama(12, 256, 688, 256, 4)),
+    Case("llama12_slices", lambda: llama(12, 256, 688, 256, 4, by_slices)),
     Case("resmlp1000", lambda: residual_mlp(1000, 32, 256)),
 )
