@@ -6,7 +6,7 @@ empty token tensor: the engine runs the first, which takes the tangents, then st
 gradients that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage
 starts.
 
-Besides `fxckpt.capture.joint` this is the only module that relies on torch's private interfaces.
+Besides `fxckpt.capture` this is the only part that relies on torch's private interfaces.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxckpt.capture.joint import tensor_attributes
+from fxckpt.capture.functional import tensor_attributes
 from fxckpt.capture.roles import Input, InputKind
 from fxckpt.capture.structure import Structure
 from fxckpt.errors import RuntimeContractError

@@ -1,6 +1,6 @@
 """Capture a model's forward and backward as one fx graph of ATen ops.
 
-This is the module that knows AOTAutograd's private interfaces for capture; `fxckpt.runtime` knows those for running.
+This package knows torch's private interfaces for capture; `fxckpt.runtime` knows those for running.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch.fx.experimental import proxy_tensor
 
 from fxckpt.capture.absent import made_present
 from fxckpt.capture.checkpointed import checkpointing_bypassed
-from fxckpt.capture.cleanup import clean, storage_key
+from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
+from fxckpt.capture.functional import FunctionalModel
 from fxckpt.capture.kernels import own_kernels
 from fxckpt.capture.layout import LAID_OUT
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.strides import right_strides
 from fxckpt.capture.structure import Structure, put_together, take_apart
-from fxckpt.capture.traces import Place, unchanged
 from fxckpt.errors import CaptureError
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -65,133 +65,6 @@ class JointGraph:
     asked: frozenset[int]
 
 
-class _Traced(nn.Module):
-    """The model as a function of flat tensors, with plain tensor attributes turned into buffers."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        forward: Callable[..., Any],
-        inputs: Structure,
-        is_leaf: Sequence[bool],
-        constants: Constants,
-    ) -> None:
-        """`is_leaf` says which tensors among the inputs are leaves in eager."""
-        super().__init__()
-        self.model, self._constants = model, constants
-        self._forward, self._inputs, self._is_leaf = forward, inputs, is_leaf
-        self.outputs: Structure | None = None
-        self.attributes = tensor_attributes(model)
-        self._aliases = _aliases(model)
-        self.leaves: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what is traced, and the leaf in its place
-        for index, (owner, name) in enumerate(self.attributes):
-            self.register_buffer(f"attribute_{index}", owner[name].detach())
-
-    def forward(self, *tensors: torch.Tensor) -> list[torch.Tensor]:
-        self.leaves = {}
-        given = [self._leaf(x) if is_leaf else x for x, is_leaf in zip(tensors, self._is_leaf, strict=True)]
-        self._constants.traced(given)
-        args, kwargs = put_together(self._inputs, iter(given))
-        with self._parameters_as_leaves(), _tied(self._aliases), unchanged(self.model, self.attributes):
-            for index, (owner, name) in enumerate(self.attributes):
-                owner[name] = getattr(self, f"attribute_{index}")
-            flat, self.outputs = take_apart(self._forward(*args, **kwargs))
-            given_memory = {storage_key(x) for x in (*tensors, *self.parameters(), *self.buffers())}
-        traced = {id(leaf): tensor for tensor, leaf in self.leaves.values()}
-        return _told_apart([traced.get(id(tensor), tensor) for tensor in flat], given_memory)
-
-    def _leaf(self, traced: torch.Tensor) -> torch.Tensor:
-        """A leaf in the place of what the tracer computed, as in eager: of leaves alone autocast keeps its casts.
-
-        With one cast for all its uses, a weight's gradients are added up in the lower precision. While torch only looks
-        how outputs come from inputs, before it traces, nothing is differentiated.
-        """
-        if not traced.requires_grad or traced.is_leaf or proxy_tensor.get_proxy_mode() is None:
-            return traced
-        if id(traced) not in self.leaves:
-            self.leaves[id(traced)] = traced, traced.detach().requires_grad_()
-        return self.leaves[id(traced)][1]
-
-    @contextlib.contextmanager
-    def _parameters_as_leaves(self) -> Iterator[None]:
-        places = [
-            (held, name, parameter)
-            for held in (module._parameters for module in self.model.modules())
-            for name, parameter in held.items()
-            if parameter is not None
-        ]
-        for held, name, parameter in places:
-            held[name] = self._leaf(parameter)  # type: ignore[assignment]
-        try:
-            yield
-        finally:
-            for held, name, parameter in places:
-                held[name] = parameter
-
-    def named_parameters(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:  # noqa: ARG002
-        """Each parameter once, whatever is asked for: a tied one is one input of the graph and has one gradient."""
-        return super().named_parameters(prefix, recurse, remove_duplicate=True)
-
-    def named_buffers(self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True) -> Any:  # noqa: ARG002
-        """Each buffer once, whatever is asked for."""
-        return super().named_buffers(prefix, recurse, remove_duplicate=True)
-
-
-def _told_apart(outputs: list[torch.Tensor], given_memory: set[int | None]) -> list[torch.Tensor]:
-    """The outputs, each with a tangent of its own even where one is a view of another.
-
-    Else AOTAutograd would have one tangent for the tensor that is viewed, and its parts would be added up in another
-    order than in eager. What shares memory with an input is left for it to deal with.
-    """
-    own: dict[int, torch.Tensor] = {}
-    seen = set(given_memory)
-    for output in outputs:
-        if id(output) in own or output.layout is not torch.strided:
-            continue
-        memory = storage_key(output)
-        apart = memory not in given_memory and (output._base is not None or memory in seen)
-        own[id(output)] = torch.ops.aten._unsafe_view(output, output.shape) if apart else output
-        seen.add(memory)
-    return [own.get(id(output), output) for output in outputs]
-
-
-def _aliases(model: nn.Module) -> list[tuple[Place, Place]]:
-    """Further places of parameters and buffers that several modules share, each with the first place."""
-    first: dict[int, Place] = {}
-    found = []
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is not None and id(tensor) in first:
-                    found.append(((held, name), first[id(tensor)]))
-                elif tensor is not None:
-                    first[id(tensor)] = (held, name)
-    return found
-
-
-@contextlib.contextmanager
-def _tied(aliases: list[tuple[Place, Place]]) -> Iterator[None]:
-    """While a model is traced its parameters are replaced, each in its first place: let the other places follow."""
-    before = [held[name] for (held, name), _ in aliases]
-    for (held, name), (first, first_name) in aliases:
-        held[name] = first[first_name]
-    try:
-        yield
-    finally:
-        for ((held, name), _), tensor in zip(aliases, before, strict=True):
-            held[name] = tensor
-
-
-def tensor_attributes(model: nn.Module) -> list[Place]:
-    """Tensors that modules hold as plain attributes, neither parameters nor buffers: where each is, and its name."""
-    return [
-        (vars(module), name)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if type(value) is torch.Tensor
-    ]
-
-
 def capture(
     model: nn.Module,
     args: Sequence[Any],
@@ -218,7 +91,7 @@ def capture(
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
     constants = Constants(tensors)
-    traced = _Traced(model, call, inputs, [x.is_leaf for x in tensors], constants)
+    traced = FunctionalModel(model, call, inputs, [x.is_leaf for x in tensors], constants)
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
     with (
         _ONE_AT_A_TIME,
@@ -241,7 +114,7 @@ def capture(
 
 
 @contextlib.contextmanager
-def _backward_from(traced: _Traced, tangents: Mapping[int, tuple[int, ...]] | None) -> Iterator[None]:
+def _backward_from(traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None) -> Iterator[None]:
     """Let the traced backward start from some outputs only.
 
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
@@ -300,7 +173,7 @@ def _unchecked(*_: Any) -> None:
     """Stands for a check of values, which a model that is being compiled makes as a hint to the compiler."""
 
 
-def _export(stack: contextlib.ExitStack, traced: _Traced, tensors: list[torch.Tensor]) -> Any:
+def _export(stack: contextlib.ExitStack, traced: FunctionalModel, tensors: list[torch.Tensor]) -> Any:
     """Export the joint graph with the first flags that allow it."""
     stack.enter_context(torch.enable_grad())
     stack.enter_context(own_kernels())

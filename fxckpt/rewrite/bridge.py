@@ -17,7 +17,8 @@ from fxckpt.errors import RuntimeContractError
 from fxckpt.graph import RESIDENT
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.codegen import compile_boxed
-from fxckpt.rewrite.split import Emitted, Writer
+from fxckpt.rewrite.split import Emitted
+from fxckpt.rewrite.writer import Writer
 from fxckpt.schedule import Schedule
 
 
