@@ -44,6 +44,8 @@ class Run:
     def some(self, seed: int) -> None:
         """Run as many random trials as are wanted."""
         while self.counts["examples"] < self._examples:
+            gc.collect()
+            gc.freeze()  # torch keeps what it learns of each op: measuring collects garbage, and would look through it
             hypothesis.seed(seed)(_AT_ONCE(given(trials())(self._add)))()
             seed += 1
 
@@ -72,7 +74,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file, to which the counts are added")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    gc.freeze()  # what is imported stays: measuring collects garbage first, which would look through it all
     run = Run(chosen.examples)
     with contextlib.suppress(KeyboardInterrupt):
         run.some(1_000_000 * chosen.seed)
