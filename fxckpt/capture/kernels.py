@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -37,7 +37,7 @@ _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 @contextlib.contextmanager
 def own_kernels() -> Iterator[None]:
     """What is traced within calls torch's own kernels."""
-    with _without_python_forms(), _fused_layers(), _fills_that_keep_their_layout():
+    with _without_python_forms(), _fused_layers(), _changes_as_in_eager():
         yield
 
 
@@ -111,15 +111,20 @@ def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _fills_that_keep_their_layout() -> Iterator[None]:
-    """Traced, `masked_fill_` and `bernoulli_` become ops that lay out values anew that are not contiguous.
+def _changes_as_in_eager() -> Iterator[None]:
+    """Ops that change a tensor leave in it, bit for bit, what they leave in eager.
 
-    Gradients of `maximum` are made with the first: sums over them would be made in another order. The second draws in
-    the order of memory (alpha dropout does, in memory like its input's).
+    Traced, `masked_fill_` and `bernoulli_` become ops that lay out values anew that are not contiguous. Gradients of
+    `maximum` are made with the first: sums over them would be made in another order. The second draws in the order of
+    memory (alpha dropout does, in memory like its input's). And what is written to an `expand`ed tensor would reach the
+    tensor behind it as a difference, with a rounding error.
     """
     original = FunctionalTensorMode.__torch_dispatch__
 
     def dispatch(mode: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        if func is aten.expand.default and _expands_nothing(args[0], args[1]):
+            with mode:
+                return _with_dims(args[0], len(args[1]))
         filled = _FILLS.get(func)
         if filled is None or args[0].is_contiguous():
             return original(mode, func, types, args, kwargs)
@@ -128,6 +133,21 @@ def _fills_that_keep_their_layout() -> Iterator[None]:
 
     with mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch):
         yield
+
+
+def _expands_nothing(x: torch.Tensor, shape: Sequence[int]) -> bool:
+    """Whether each element has one place in the result: else it can't be written to in eager either."""
+    wanted = (1,) * (len(shape) - x.dim()) + tuple(x.shape)
+    return all(size in (-1, own) for size, own in zip(shape, wanted, strict=True))
+
+
+def _with_dims(x: torch.Tensor, dims: int) -> torch.Tensor:
+    """The tensor with ones before its shape, laid out as `expand` does."""
+    if x.dim() == dims:
+        return aten.alias(x)  # type: ignore[no-any-return]
+    while x.dim() < dims:
+        x = x.unsqueeze(0)
+    return x
 
 
 def _masked_fill(x: torch.Tensor, mask: torch.Tensor, value: float) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,16 @@ def _in_format_of_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
     return _in_format(x)
 
 
+def _as_parts_joined(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
+    """`roll` joins the two parts of each dim that it moves."""
+    if not dims:
+        return _contiguous(x)
+    for shift, dim in zip(shifts, dims, strict=True):
+        cut = -shift % max(x.shape[dim], 1)
+        x = torch.cat((x.narrow(dim, cut, x.shape[dim] - cut), x.narrow(dim, 0, cut)), dim)
+    return x
+
+
 def _as_noise(gradient: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, _: Any) -> Tensor:
     return torch.mul(noise, gradient) if training and upper - lower > 1e-6 else torch.mul(x, gradient)
 
@@ -67,6 +77,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten._log_softmax_backward_data.default: _contiguous,
     aten.native_layer_norm_backward.default: _contiguous,
     aten.channel_shuffle.default: _in_format,
+    aten.roll.default: _as_parts_joined,
     aten.replication_pad2d_backward.default: _in_format_of_second,
     aten.native_batch_norm.default: _in_format,
     aten._native_batch_norm_legit.default: _in_format,

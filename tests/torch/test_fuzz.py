@@ -56,6 +56,33 @@ GIVEN_ROWS, GIVEN_SEQUENCE = (Input("rows", requires_grad=True),), (Input("seque
 WIDE, SINGLE = Sizes(batch=64, width=64), Sizes(length=1, width=32)
 
 FOUND: dict[str, Trial] = {
+    "rolled values keep channels last": Trial(
+        Program(
+            (Input("image"),),
+            (
+                Line("channels last", (0,)),
+                Line("roll (image)", (1,)),
+                Line("conv2d", (2,)),
+                Line("conv2d", (3,)),
+            ),
+            (Output(4),),
+            sizes=Sizes(batch=3, side=14),
+        ),
+        solver="random",
+    ),
+    "what changes an expanded tensor reaches the tensor behind it without rounding": Trial(
+        Program(
+            (Input("rows"),),
+            (
+                Line("linear", (0,)),
+                Line("sequence of rows", (1,)),
+                Line("tanh in place (sequence)", (2,)),
+            ),
+            (Output(3),),
+            sizes=Sizes(batch=64, length=1),
+        ),
+        solver="save_all",
+    ),
     "a result is not written over a value that the op also reads as a view": Trial(
         Program(
             (Input("ids"),),

@@ -48,6 +48,7 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
         g, x, [8], x.new_zeros(16, 4, 8, 1), x.new_zeros(16, 4, 8, 1), None, None, FIRST
     ),
     aten.channel_shuffle.default: lambda op, _, x: op(x, 2),
+    aten.roll.default: lambda op, _, x: op(x, [1, -2], [0, 3]),
     aten.replication_pad2d_backward.default: lambda op, g, x: op(g, x[..., 1:], [1, 0, 0, 0]),
     aten.native_batch_norm.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
     aten._native_batch_norm_legit.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
