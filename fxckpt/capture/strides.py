@@ -22,27 +22,30 @@ from torch._prims_common import suggest_memory_format
 aten = torch.ops.aten
 
 
-def _as_product(*args: Any) -> Tensor:
+def _as_product(_: Tensor, *args: Any) -> Tensor:
     """As elementwise kernels of one or two tensors do."""
     first, *others = [x for x in args if isinstance(x, Tensor)][:2]
     return torch.mul(first, *others) if others else torch.empty_like(first)
 
 
-def _contiguous(*args: Any) -> Tensor:
-    first = next(x for x in args if isinstance(x, Tensor))
-    return torch.empty_like(first, memory_format=torch.contiguous_format)
+def _contiguous(result: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(result, memory_format=torch.contiguous_format)
 
 
-def _in_format(x: Tensor, *_: Any) -> Tensor:
-    """Channels last or contiguous, whichever the strides look like."""
-    return torch.empty_like(x, memory_format=suggest_memory_format(x))
+def _in_format(result: Tensor, x: Tensor, *_: Any) -> Tensor:
+    """Channels last or contiguous, whichever the strides of `x` look like."""
+    return torch.empty_like(result, memory_format=suggest_memory_format(x))
 
 
-def _in_format_of_second(_: Tensor, x: Tensor, *__: Any) -> Tensor:
-    return _in_format(x)
+def _in_format_of_second(result: Tensor, _: Tensor, x: Tensor, *__: Any) -> Tensor:
+    return _in_format(result, x)
 
 
-def _as_parts_joined(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
+def _as_second(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _as_parts_joined(_: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
     """`roll` joins the two parts of each dim that it moves."""
     if not dims:
         return _contiguous(x)
@@ -52,17 +55,26 @@ def _as_parts_joined(x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ())
     return x
 
 
-def _as_noise(gradient: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, _: Any) -> Tensor:
+def _as_noise(
+    _: Tensor, gradient: Tensor, x: Tensor, noise: Tensor, lower: float, upper: float, training: bool, *__: Any
+) -> Tensor:
     return torch.mul(noise, gradient) if training and upper - lower > 1e-6 else torch.mul(x, gradient)
 
 
 LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten.copysign.Tensor: _as_product,
+    aten.heaviside.default: _as_product,
+    aten.logaddexp.default: _as_product,
+    aten.logical_and.default: _as_product,
+    aten.logical_or.default: _as_product,
+    aten.logical_xor.default: _as_product,
     aten.div.Tensor_mode: _as_product,
     aten.floor_divide.default: _as_product,
     aten.xlogy.Tensor: _as_product,
     aten.pow.Scalar: _contiguous,
     aten.log_sigmoid_forward.default: _contiguous,
+    aten.normal.Tensor_Tensor: _contiguous,
+    aten.binary_cross_entropy_backward.default: _as_second,
     aten.native_dropout_backward.default: _as_product,
     aten.elu_backward.default: _as_product,
     aten.hardsigmoid_backward.default: _as_product,
@@ -78,16 +90,24 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten.native_layer_norm_backward.default: _contiguous,
     aten.channel_shuffle.default: _in_format,
     aten.roll.default: _as_parts_joined,
+    aten.max_unpool2d.default: _in_format,
+    aten.reflection_pad3d.default: _in_format,
+    aten.replication_pad3d.default: _in_format,
+    aten.reflection_pad2d_backward.default: _in_format_of_second,
+    aten.reflection_pad3d_backward.default: _in_format_of_second,
     aten.replication_pad2d_backward.default: _in_format_of_second,
+    aten.replication_pad3d_backward.default: _in_format_of_second,
     aten.native_batch_norm.default: _in_format,
     aten._native_batch_norm_legit.default: _in_format,
     aten._native_batch_norm_legit.no_stats: _in_format,
     aten._native_batch_norm_legit_functional.default: _in_format,
     aten._native_batch_norm_legit_no_training.default: _in_format,
     aten.native_batch_norm_backward.default: _in_format_of_second,
+    aten.batch_norm_backward.default: _in_format_of_second,
     aten.native_group_norm_backward.default: _in_format_of_second,
 }
-"""From an op's arguments to a tensor with the strides of its (first) result on CPU."""
+"""From an op's first result, as torch describes it, and its arguments to a tensor with the strides that this result has
+on CPU. Where the first is contiguous, so are all."""
 
 
 @contextlib.contextmanager
@@ -112,8 +132,11 @@ def _describe(op: OpOverload, description: Callable[..., Any]) -> None:
 
 def _corrected(description: Callable[..., Any], rule: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
     results = description(*args, **kwargs)
-    first = results[0] if isinstance(results, tuple) else results
-    if first is None:
-        return results
-    right = first.new_empty_strided(first.shape, rule(*args).stride())
-    return (right, *results[1:]) if isinstance(results, tuple) else right
+    if not isinstance(results, tuple):
+        return _laid_out(results, rule, args)
+    corrected = [_laid_out(x, rule, args) if i == 0 or rule is _contiguous else x for i, x in enumerate(results)]
+    return tuple(corrected)
+
+
+def _laid_out(result: Tensor | None, rule: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor | None:
+    return None if result is None else result.new_empty_strided(result.shape, rule(result, *args).stride())

@@ -270,6 +270,42 @@ def test_on_sequences(name: str) -> None:
     compare(SEQUENCES[name](), rows(2, 6, 16))
 
 
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "squares": F.mse_loss,
+    "absolute": F.l1_loss,
+    "smooth": F.smooth_l1_loss,
+    "Huber": F.huber_loss,
+    "cross entropy": lambda x, y, **how: F.cross_entropy(x, y.argmax(1), **how, label_smoothing=0.1),
+    "cross entropy of probabilities": lambda x, y, **how: F.cross_entropy(x, y.softmax(1), **how),
+    "likelihood": lambda x, y, **how: F.nll_loss(x.log_softmax(1), y.argmax(1), y[0].exp(), **how, ignore_index=3),
+    "likelihood of points": lambda x, y, **how: F.nll_loss(
+        x.view(-1, 4, 2, 2).log_softmax(1), y.view(-1, 4, 2, 2).argmax(1), **how
+    ),
+    "binary": lambda x, y, **how: F.binary_cross_entropy(x.sigmoid(), y.sigmoid(), **how),
+    "binary of logits": lambda x, y, **how: F.binary_cross_entropy_with_logits(
+        x, y.sigmoid(), **how, pos_weight=y[0].exp()
+    ),
+    "divergence": lambda x, y, **how: F.kl_div(x.log_softmax(1), y.softmax(1), **how),
+    "Poisson": F.poisson_nll_loss,
+    "cosine": lambda x, y, **how: F.cosine_embedding_loss(x, y, y[:, 0].sign(), **how),
+    "ranking": lambda x, y, **how: F.margin_ranking_loss(x, x.flip(0), y.sign(), 0.1, **how),
+    "hinge": lambda x, y, **how: F.hinge_embedding_loss(x, y.sign(), **how),
+    "triplets": lambda x, y, **how: F.triplet_margin_loss(x, y, x.flip(0), **how),
+    "soft margin": lambda x, y, **how: F.soft_margin_loss(x, y.sign(), **how),
+    "multiple margins": lambda x, y, **how: F.multi_margin_loss(x, y.argmax(1), **how),
+    "multiple labels": lambda x, y, **how: F.multilabel_soft_margin_loss(x, (y > 0).float(), **how),
+}
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.works("losses in the model, in every reduction", *LOSSES)
+def test_losses(name: str, reduction: str) -> None:
+    torch.manual_seed(0)
+    compare(Lambda(lambda _, y: LOSSES[name](y, y.detach().roll(1, 0), reduction=reduction)), rows(8, 16))
+
+
 def _encoder(**options: Any) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, 0.15, batch_first=True), 2, **options)
 

@@ -17,7 +17,7 @@ from fxckpt.capture.strides import LAID_OUT_LIKE, right_strides
 aten = torch.ops.aten
 Result = Tensor | tuple[Tensor, ...]
 
-FIRST = [True, False, False]
+FIRST, ALL = [True, False, False], [True, True, True]
 
 
 def stats(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -27,11 +27,18 @@ def stats(x: Tensor) -> tuple[Tensor, Tensor]:
 
 CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten.copysign.Tensor: lambda op, g, x: op(g, x),
+    aten.heaviside.default: lambda op, g, x: op(g, x[:, :1]),
+    aten.logaddexp.default: lambda op, g, x: op(g, x[:, :1]),
+    aten.logical_and.default: lambda op, g, x: op(g, x[:, :1]),
+    aten.logical_or.default: lambda op, g, x: op(g, x[:, :1]),
+    aten.logical_xor.default: lambda op, g, x: op(g, x[:, :1]),
     aten.div.Tensor_mode: lambda op, g, x: op(g, x, rounding_mode="floor"),
     aten.floor_divide.default: lambda op, g, x: op(g, x),
     aten.xlogy.Tensor: lambda op, g, x: op(g, x),
     aten.pow.Scalar: lambda op, _, x: op(2.0, x),
     aten.log_sigmoid_forward.default: lambda op, _, x: op(x),
+    aten.normal.Tensor_Tensor: lambda op, g, x: op(g, x),
+    aten.binary_cross_entropy_backward.default: lambda op, g, x: op(g, x, x, None, 0),
     aten.native_dropout_backward.default: lambda op, g, x: op(g, x > 0, 2.0),
     aten.elu_backward.default: lambda op, g, x: op(g, 1.0, 1.0, 1.0, False, x),
     aten.hardsigmoid_backward.default: lambda op, g, x: op(g, x),
@@ -45,11 +52,17 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten.smooth_l1_loss_backward.default: lambda op, g, x: op(g, x, x, 0, 1.0),
     aten._log_softmax_backward_data.default: lambda op, g, x: op(g, x, -1, torch.float32),
     aten.native_layer_norm_backward.default: lambda op, g, x: op(
-        g, x, [8], x.new_zeros(16, 4, 8, 1), x.new_zeros(16, 4, 8, 1), None, None, FIRST
+        g, x, [8, 8], *(x.new_zeros(16, 4, 1, 1),) * 2, *(x.new_zeros(8, 8),) * 2, ALL
     ),
     aten.channel_shuffle.default: lambda op, _, x: op(x, 2),
     aten.roll.default: lambda op, _, x: op(x, [1, -2], [0, 3]),
+    aten.max_unpool2d.default: lambda op, _, x: op(x, torch.ones_like(x, dtype=torch.int64), [16, 16]),
+    aten.reflection_pad3d.default: lambda op, _, x: op(x, [1, 0, 0, 2, 1, 1]),
+    aten.replication_pad3d.default: lambda op, _, x: op(x, [1, 0, 0, 2, 1, 1]),
+    aten.reflection_pad2d_backward.default: lambda op, g, x: op(g, x[..., 1:], [1, 0, 0, 0]),
+    aten.reflection_pad3d_backward.default: lambda op, g, x: op(g, x[..., 1:], [1, 0, 0, 0, 0, 0]),
     aten.replication_pad2d_backward.default: lambda op, g, x: op(g, x[..., 1:], [1, 0, 0, 0]),
+    aten.replication_pad3d_backward.default: lambda op, g, x: op(g, x[..., 1:], [1, 0, 0, 0, 0, 0]),
     aten.native_batch_norm.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
     aten._native_batch_norm_legit.default: lambda op, _, x: op(x, *stats(x), *stats(x), True, 0.1, 1e-5),
     aten._native_batch_norm_legit.no_stats: lambda op, _, x: op(x, *stats(x), True, 0.1, 1e-5),
@@ -57,6 +70,9 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten._native_batch_norm_legit_no_training.default: lambda op, _, x: op(x, *stats(x), *stats(x), 0.1, 1e-5),
     aten.native_batch_norm_backward.default: lambda op, g, x: op(
         g, x, None, None, None, x.new_zeros(4), x.new_zeros(4), True, 1e-5, FIRST
+    ),
+    aten.batch_norm_backward.default: lambda op, g, x: op(
+        g, x, x.new_zeros(4), *stats(x), *stats(x), True, 1e-5, FIRST, x.new_zeros(0)
     ),
     aten.native_group_norm_backward.default: lambda op, g, x: op(
         g.contiguous(),
@@ -79,9 +95,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def strides(call: Callable[[Any, Tensor, Tensor], Result], op: OpOverload, g: Tensor, x: Tensor) -> tuple[int, ...]:
+def strides(call: Callable[[Any, Tensor, Tensor], Result], op: OpOverload, g: Tensor, x: Tensor) -> list[Any]:
     result = call(op, g, x)
-    return (result[0] if isinstance(result, tuple) else result).stride()
+    return [None if y is None else y.stride() for y in (result if isinstance(result, tuple) else (result,))]
 
 
 @pytest.mark.parametrize("values", LAYOUTS)
