@@ -21,7 +21,7 @@ from fxckpt.solvers.curve import Curve, Fineness, Prices
 from fxckpt.solvers.ease import eased
 from fxckpt.solvers.keep import closure, fastest_fitting, pinned_storages
 from fxckpt.solvers.polish import polish
-from fxckpt.solvers.segments import Segments, cut
+from fxckpt.solvers.segments import Segments, Where, cut
 
 Effort = Literal["fast", "default", "max"]
 _Curves = Sequence[tuple[Curve, Reordered]]
@@ -47,6 +47,7 @@ class Level:
     over_ratios: tuple[float, ...] = ()
 
 
+WHERE: tuple[Where, ...] = ("read", "any", "unread")
 _OVER_RATIOS = (0.01, 0.03, 0.06, 0.1, 0.2)
 
 LEVELS: dict[Effort, Level] = {
@@ -172,9 +173,12 @@ def _cuttings(order: Reordered, level: Level) -> Iterator[Segments]:
     seen: set[Segments] = set()
     for longest in level.longest_ops:
         for pinned in (order.held, frozenset[int]()):
-            coarse, fine = (cut(order.graph, finer=f, longest_ops=longest, pinned=pinned) for f in (False, True))
+            coarse, fine, shifted = (
+                cut(order.graph, where=where, longest_ops=longest, pinned=pinned) for where in WHERE
+            )
+            # Where backward reads none of what crosses, a segment's backward needs no more than the segment's input.
             enough = len(fine) < _WORTH_WHILE * len(coarse)
-            for segments in (coarse,) if enough else (coarse, fine):
+            for segments in (coarse,) if enough else (coarse, fine, shifted):
                 if segments not in seen:
                     seen.add(segments)
                     yield segments.merged(level.most_segments)

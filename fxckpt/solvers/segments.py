@@ -10,9 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
 from fxckpt.graph import Graph
 from fxckpt.solvers.keep import pinned_storages
+
+Where = Literal["read", "unread", "any"]
+_READ: dict[Where, set[bool]] = {"read": {True}, "unread": {False}, "any": {True, False}}
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def cut(
     graph: Graph,
     *,
     width: int = 1,
-    finer: bool = False,
+    where: Where = "read",
     longest_ops: int = 0,
     pinned: frozenset[int] = frozenset(),
 ) -> Segments:
@@ -61,20 +65,20 @@ def cut(
     Args:
         graph: the training step.
         width: how many storages may cross a cut.
-        finer: cut also where what crosses is not read by backward.
+        where: cut where what crosses is all "read" by backward, where none of it is ("unread"), or at "any" place.
         longest_ops: pin long-lived storages until no segment has more forward ops than this, if that is possible;
             0 pins none.
         pinned: storages to pin in any case.
     """
     pinned |= pinned_storages(graph)
     reach = _forward_reach(graph)
-    cuts = _forward_cuts(graph, reach, pinned, width, finer)
+    cuts = _forward_cuts(graph, reach, pinned, width, where)
     while longest_ops:
         long = _longest_storage(reach, cuts, pinned, longest_ops)
         if long is None:
             break
         pinned |= {long}
-        cuts = _forward_cuts(graph, reach, pinned, width, finer)
+        cuts = _forward_cuts(graph, reach, pinned, width, where)
     return _with_backward(graph, reach, cuts, pinned)
 
 
@@ -90,7 +94,7 @@ def _forward_reach(graph: Graph) -> dict[int, tuple[int, int]]:
 
 
 def _forward_cuts(
-    graph: Graph, reach: dict[int, tuple[int, int]], pinned: Collection[int], width: int, finer: bool
+    graph: Graph, reach: dict[int, tuple[int, int]], pinned: Collection[int], width: int, where: Where
 ) -> dict[int, tuple[int, ...]]:
     """Positions to cut at, and what crosses there; the first of several neighbours that the same storages cross."""
     read_back = {s for op in graph.ops[graph.forward_count :] for s in op.reads}
@@ -104,8 +108,8 @@ def _forward_cuts(
     for position in range(1, graph.forward_count):
         alive = {s for s in alive if reach[s][1] >= position} | {s for s in starts[position] if reach[s][1] >= position}
         across = tuple(sorted(alive))
-        allowed = len(across) <= width and (finer or all(s in read_back for s in across))
-        if allowed and across != previous:
+        read = {s in read_back for s in across}
+        if len(across) <= width and read <= _READ[where] and across != previous:
             cuts[position] = across
             previous = across
     cuts[graph.forward_count] = ()

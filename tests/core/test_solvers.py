@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from fxckpt.solvers.dp import dp, frontier
 from fxckpt.solvers.exhaustive import exhaustive
 from fxckpt.solvers.keep import schedule_keeping
 from fxckpt.solvers.mincut import KeepProblem
-from fxckpt.solvers.segments import cut
+from fxckpt.solvers.segments import Where, cut
 from tests.strategies import chain, graphs, training_steps
 
 UNNAMED = sorted(name for name in SOLVERS if name not in ORACLES and name != "collection")  # need no options
@@ -115,9 +116,9 @@ def test_keeping_everything_is_the_plain_step_and_nothing_is_made_twice(graph: G
     assert set(schedule_keeping(graph, ()).repeats().values()) <= {1}
 
 
-@given(steps, st.booleans(), st.sampled_from((0, 2, 4)))
-def test_segments_divide_the_step(graph: Graph, finer: bool, longest_ops: int) -> None:
-    segments = cut(graph, finer=finer, longest_ops=longest_ops)
+@given(steps, st.sampled_from(get_args(Where)), st.sampled_from((0, 2, 4)))
+def test_segments_divide_the_step(graph: Graph, where: Where, longest_ops: int) -> None:
+    segments = cut(graph, where=where, longest_ops=longest_ops)
     assert list(segments.forward_cuts) == sorted(segments.forward_cuts)
     assert list(segments.backward_cuts) == sorted(segments.backward_cuts, reverse=True)
     assert (segments.forward_cuts[0], segments.forward_cuts[-1]) == (0, graph.forward_count)
