@@ -6,6 +6,7 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -24,11 +25,13 @@ def unchanged(model: nn.Module, expected: list[Place]) -> Iterator[None]:
 
     Raises:
         CaptureError: forward stores tensors on the model.
+        NotImplementedError: it seeds the random-number generator.
     """
     before = [(module, held, dict(held)) for module in model.modules() for held in _dictionaries(module)]
     state = torch.get_rng_state()
     try:
-        yield
+        with mock.patch("torch.manual_seed", _seeds), mock.patch("torch.random.manual_seed", _seeds):
+            yield
         known = {(id(held), name) for held, name in expected}
         for module, held, content in before:
             for name, value in held.items():
@@ -38,6 +41,13 @@ def unchanged(model: nn.Module, expected: list[Place]) -> Iterator[None]:
         torch.set_rng_state(state)
         for _, held, content in before:
             _put_back(held, content)
+
+
+def _seeds(_: int) -> None:
+    raise NotImplementedError(
+        "forward seeds the random-number generator, which a captured graph can't repeat. Draw from a torch.Generator "
+        "outside of the model and pass what is drawn as an argument"
+    )
 
 
 def _dictionaries(module: nn.Module) -> list[dict[str, Any]]:

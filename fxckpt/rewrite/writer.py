@@ -210,7 +210,7 @@ class Writer:
 
     def finish(self, results: list[fx.Node], saved: list[fx.Node]) -> None:
         """End the forward graph: return what is handed out, and saved values."""
-        handed_out: set[fx.Node] = set()
+        handed_out = set(self.graph.find_nodes(op="placeholder"))
         values = []
         for node in (*results, *saved):
             # A tensor that the caller gets becomes part of autograd's graph: anything else needs a tensor of its own.

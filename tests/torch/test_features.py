@@ -493,6 +493,28 @@ def test_lists_and_dicts_and_none_as_inputs() -> None:
 
 
 @pytest.mark.works("inputs, outputs, state")
+def test_an_input_returned_as_its_only_part() -> None:
+    class Parts(Lambda):
+        def forward(self, x: Tensor) -> Any:
+            return *x.split(8, 0), torch.tanh(self.linear(x))
+
+    torch.manual_seed(0)
+    compare(Parts(in_place), rows(8, 16))
+
+
+@pytest.mark.works("errors", "a forward that seeds the random-number generator is refused")
+def test_seeding_in_forward() -> None:
+    def seeds(_: Lambda, y: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return y * torch.rand_like(y)
+
+    model, x, state = Lambda(seeds), rows(8, 16), torch.get_rng_state()
+    with pytest.raises(CaptureError, match=r"test_features.*seeds the random-number generator.*as an argument"):
+        fxckpt.optimize(model, "1GB", example_inputs=(x,))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.works("inputs, outputs, state")
 def test_an_input_changed_in_place() -> None:
     def change(_: Lambda, y: Tensor) -> Tensor:
         return torch.tanh(y)
