@@ -499,7 +499,7 @@ def test_an_input_returned_as_its_only_part() -> None:
             return *x.split(8, 0), torch.tanh(self.linear(x))
 
     torch.manual_seed(0)
-    compare(Parts(in_place), rows(8, 16))
+    compare(Parts(in_place), rows(8, 16).requires_grad_())
 
 
 @pytest.mark.works("errors", "a forward that seeds the random-number generator is refused")
