@@ -300,7 +300,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.works("losses in the model, in every reduction", *LOSSES)
+@pytest.mark.works("layers and ops", f"losses in each reduction ({', '.join(LOSSES)})")
 def test_losses(name: str, reduction: str) -> None:
     torch.manual_seed(0)
     compare(Lambda(lambda _, y: LOSSES[name](y, y.detach().roll(1, 0), reduction=reduction)), rows(8, 16))
