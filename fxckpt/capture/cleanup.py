@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
 from fxckpt.capture.effects import has_effects, is_selection
 from fxckpt.capture.layout import LAID_OUT
+from fxckpt.capture.losses import reduce_apart
 from fxckpt.capture.recurrent import RECURRENT
 from fxckpt.errors import CaptureError
 
@@ -34,6 +35,7 @@ def clean(module: fx.GraphModule) -> None:
         node.target = RECURRENT.get(node.target, node.target)
     _drop_unread_statistics(graph)
     _split_convolution_backward(graph)
+    reduce_apart(graph)
     _leave_out_masked(graph)
     _drop_copies(graph)
     _merge_views(graph)

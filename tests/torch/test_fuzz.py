@@ -56,6 +56,21 @@ GIVEN_ROWS, GIVEN_SEQUENCE = (Input("rows", requires_grad=True),), (Input("seque
 WIDE, SINGLE = Sizes(batch=64, width=64), Sizes(length=1, width=32)
 
 FOUND: dict[str, Trial] = {
+    "a loss does not hold the memory of its terms": Trial(
+        Program(
+            (Input("image"),),
+            (
+                Line("conv2d", (0,)),
+                Line("loss (image)", (1,)),
+                Line("exp (image)", (2,)),
+                Line("loss (image)", (3,)),
+                Line("tanh (image)", (4,)),
+            ),
+            (Output(5),),
+            sizes=Sizes(batch=64, side=14),
+        ),
+        solver="random",
+    ),
     "rolled values keep channels last": Trial(
         Program(
             (Input("image"),),
