@@ -38,6 +38,8 @@ class Level:
         most_segments: neighbours are merged until there are no more.
         fineness: how finely each cutting is looked at.
         over_ratios: by how much schedules may be over the budget that are tried as starts too.
+        finer: where else to cut if that makes more segments. Where backward reads none of what crosses, a segment's
+            backward needs no more than the segment's input.
     """
 
     longest_ops: tuple[int, ...]
@@ -45,13 +47,13 @@ class Level:
     most_segments: int
     fineness: Fineness
     over_ratios: tuple[float, ...] = ()
+    finer: tuple[Where, ...] = ("any", "unread")
 
 
-WHERE: tuple[Where, ...] = ("read", "any", "unread")
 _OVER_RATIOS = (0.01, 0.03, 0.06, 0.1, 0.2)
 
 LEVELS: dict[Effort, Level] = {
-    "fast": Level((32,), (False,), 48, Fineness(merged=3, choices=8, slots=1500)),
+    "fast": Level((32,), (False,), 48, Fineness(merged=3, choices=8, slots=1500), finer=("any",)),
     "default": Level((32,), (False, True), 80, Fineness(merged=5, choices=16, slots=3000), _OVER_RATIOS),
     "max": Level((48, 32, 16), (False, True), 128, Fineness(merged=5, choices=32, slots=8000), _OVER_RATIOS),
 }
@@ -173,12 +175,11 @@ def _cuttings(order: Reordered, level: Level) -> Iterator[Segments]:
     seen: set[Segments] = set()
     for longest in level.longest_ops:
         for pinned in (order.held, frozenset[int]()):
-            coarse, fine, shifted = (
-                cut(order.graph, where=where, longest_ops=longest, pinned=pinned) for where in WHERE
+            coarse, *finer = (
+                cut(order.graph, where=where, longest_ops=longest, pinned=pinned) for where in ("read", *level.finer)
             )
-            # Where backward reads none of what crosses, a segment's backward needs no more than the segment's input.
-            enough = len(fine) < _WORTH_WHILE * len(coarse)
-            for segments in (coarse,) if enough else (coarse, fine, shifted):
+            enough = len(finer[0]) < _WORTH_WHILE * len(coarse)
+            for segments in (coarse,) if enough else (coarse, *finer):
                 if segments not in seen:
                     seen.add(segments)
                     yield segments.merged(level.most_segments)
