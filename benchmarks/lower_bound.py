@@ -58,8 +58,11 @@ def _hull(graph: Graph, moment: int, *, at_start: bool) -> Hull:
 
 
 def _held(graph: Graph, moment: int) -> set[int]:
-    """Outputs, and gradients that are finished when an op runs and have not left."""
-    finished = {s for s in graph.gradients if graph.producer[s] < moment}
+    """Outputs, and gradients that are finished when an op runs and have not left.
+
+    A tangent that is handed on as a gradient may leave before anything runs.
+    """
+    finished = {s for s in graph.gradients if 0 <= graph.producer[s] < moment}
     if graph.gradients_allocated:
         finished -= {s for stage in deliveries(graph, plain(graph)) if stage.step < moment for s in stage.gradients}
     return finished.union(graph.outputs)
