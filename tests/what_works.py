@@ -60,7 +60,8 @@ def _of_the_long_runs() -> str:
     """What `python -m tests.fuzz --out` has written."""
     runs = json.loads((ROOT / "benchmarks" / "results" / "fuzz.json").read_text(encoding="utf-8"))
     examples, failures = (sum(run[name] for run in runs) for name in ("examples", "failures"))
-    found = f"{failures} failures, repaired and each a test since" if failures else "no failure"
+    noun = "failure" if failures == 1 else "failures"
+    found = f"{failures} {noun}, repaired and each a test since" if failures else "no failure"
     return f"{examples:,} of them in long runs with {found} (`benchmarks/results/fuzz.json`)"
 
 

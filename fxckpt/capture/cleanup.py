@@ -13,16 +13,26 @@ import torch
 from torch import fx
 from torch._functorch._aot_autograd import descriptors as aot
 from torch._ops import OpOverload
+from torch.nn import _reduction
 from torch.utils import _pytree as pytree
 
 from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
 from fxckpt.capture.effects import has_effects, is_selection
 from fxckpt.capture.layout import LAID_OUT
-from fxckpt.capture.losses import reduce_apart
 from fxckpt.capture.recurrent import RECURRENT
 from fxckpt.errors import CaptureError
 
 aten = torch.ops.aten
+
+_REDUCTION_PLACES: dict[Any, int] = {
+    aten.mse_loss.default: 2,
+    aten.smooth_l1_loss.default: 2,
+    aten.soft_margin_loss.default: 2,
+    aten.binary_cross_entropy.default: 3,
+}
+"""Losses that keep the memory of all their terms, and which argument says how these are reduced."""
+
+_NONE, _MEAN = _reduction.get_enum("none"), _reduction.get_enum("mean")
 
 
 def clean(module: fx.GraphModule) -> None:
@@ -35,7 +45,7 @@ def clean(module: fx.GraphModule) -> None:
         node.target = RECURRENT.get(node.target, node.target)
     _drop_unread_statistics(graph)
     _split_convolution_backward(graph)
-    reduce_apart(graph)
+    _reduce_losses_apart(graph)
     _leave_out_masked(graph)
     _drop_copies(graph)
     _merge_views(graph)
@@ -129,6 +139,29 @@ def _split_convolution_backward(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _reduce_losses_apart(graph: fx.Graph) -> None:
+    """Losses become two ops, their terms and the mean or sum of them, which is what their kernels do.
+
+    In one, a kernel hands out its scalar in the memory of all terms, which then stays for as long as the loss does.
+    """
+    for node in list(graph.nodes):
+        place = _REDUCTION_PLACES.get(node.target)
+        if place is None:
+            continue
+        arguments = list(node.args) + [None] * (place - len(node.args))
+        reduction = arguments[place] if len(arguments) > place else node.kwargs.get("reduction", _MEAN)
+        if reduction == _NONE:
+            continue
+        arguments[place : place + 1] = [_NONE]
+        options = {name: value for name, value in node.kwargs.items() if name != "reduction"}
+        with graph.inserting_before(node):
+            terms = graph.call_function(node.target, tuple(arguments), options, name=f"{node.name}_terms")
+        terms.meta = dict(node.meta)
+        _describe_again([terms])
+        node.target = aten.mean.default if reduction == _MEAN else aten.sum.default
+        node.args, node.kwargs = (terms,), {}
+
+
 def _drop_copies(graph: fx.Graph) -> None:
     """Replace copies in the same layout, and detached tensors, by their source."""
     kept = {storage_key(node.meta.get("val")) for node in graph.output_node().all_input_nodes}
@@ -152,11 +185,11 @@ def _replace_by_source(node: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
-def _describe_again(views: Iterable[fx.Node]) -> None:
-    """Views whose source has changed are in its memory now."""
-    for view in views:
-        args, kwargs = fx.node.map_arg((view.args, view.kwargs), lambda node: node.meta["val"])
-        view.meta["val"] = view.target(*args, **kwargs)  # type: ignore[operator]
+def _describe_again(nodes: Iterable[fx.Node]) -> None:
+    """Nodes whose arguments have changed have the value that follows from them: views are in their source's memory."""
+    for node in nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _source(node: fx.Node) -> fx.Node:

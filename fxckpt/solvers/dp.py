@@ -175,11 +175,12 @@ def _cuttings(order: Reordered, level: Level) -> Iterator[Segments]:
     seen: set[Segments] = set()
     for longest in level.longest_ops:
         for pinned in (order.held, frozenset[int]()):
-            coarse, *finer = (
+            cuts = (
                 cut(order.graph, where=where, longest_ops=longest, pinned=pinned) for where in ("read", *level.finer)
             )
-            enough = len(finer[0]) < _WORTH_WHILE * len(coarse)
-            for segments in (coarse,) if enough else (coarse, *finer):
+            coarse, fine = next(cuts), next(cuts)
+            enough = len(fine) < _WORTH_WHILE * len(coarse)
+            for segments in (coarse,) if enough else (coarse, fine, *cuts):
                 if segments not in seen:
                     seen.add(segments)
                     yield segments.merged(level.most_segments)
