@@ -1,4 +1,4 @@
-"""Kernels whose results torch describes in a wrong layout, and what layout they have.
+"""Kernels whose results torch describes in a wrong layout, or too large, and what form they have.
 
 While a graph is traced nothing is computed; a description of each op tells shapes and strides. For some it is derived
 from other ops than the kernel is made of, and tells other strides where values are transposed, or gradients come in
@@ -20,6 +20,8 @@ from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
 
 aten = torch.ops.aten
+
+Results = tuple[Tensor | None, ...]
 
 
 def _as_product(_: Tensor, *args: Any) -> Tensor:
@@ -61,7 +63,25 @@ def _as_noise(
     return torch.mul(noise, gradient) if training and upper - lower > 1e-6 else torch.mul(x, gradient)
 
 
-LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
+def _first(rule: Callable[..., Tensor]) -> Callable[..., Results]:
+    """Of several results, the first."""
+    return lambda results, *args: (rule(results[0], *args), *results[1:])
+
+
+def _each(rule: Callable[..., Tensor]) -> Callable[..., Results]:
+    return lambda results, *args: tuple(x if x is None else rule(x, *args) for x in results)
+
+
+def _batch_norm(training_index: int | None, results: tuple[Tensor, ...], x: Tensor, *args: Any) -> Results:
+    """In evaluation there are no statistics of the batch to save: on CPU they are empty."""
+    output, mean, deviation, *running = results
+    if training_index is None or not args[training_index - 1]:
+        on_cpu = getattr(x, "fake_device", x.device).type == "cpu"
+        mean, deviation = (y.new_empty(0 if on_cpu else y.shape) for y in (mean, deviation))
+    return _in_format(output, x), mean, deviation, *running
+
+
+LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor | Results]] = {
     aten.copysign.Tensor: _as_product,
     aten.heaviside.default: _as_product,
     aten.logaddexp.default: _as_product,
@@ -72,7 +92,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten.floor_divide.default: _as_product,
     aten.xlogy.Tensor: _as_product,
     aten.pow.Scalar: _contiguous,
-    aten.log_sigmoid_forward.default: _contiguous,
+    aten.log_sigmoid_forward.default: _each(_contiguous),
     aten.normal.Tensor_Tensor: _contiguous,
     aten.binary_cross_entropy_backward.default: _as_second,
     aten.native_dropout_backward.default: _as_product,
@@ -87,7 +107,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten.mse_loss_backward.default: _contiguous,
     aten.smooth_l1_loss_backward.default: _contiguous,
     aten._log_softmax_backward_data.default: _contiguous,
-    aten.native_layer_norm_backward.default: _contiguous,
+    aten.native_layer_norm_backward.default: _each(_contiguous),
     aten.channel_shuffle.default: _in_format,
     aten.roll.default: _as_parts_joined,
     aten.max_unpool2d.default: _in_format,
@@ -97,17 +117,17 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor]] = {
     aten.reflection_pad3d_backward.default: _in_format_of_second,
     aten.replication_pad2d_backward.default: _in_format_of_second,
     aten.replication_pad3d_backward.default: _in_format_of_second,
-    aten.native_batch_norm.default: _in_format,
-    aten._native_batch_norm_legit.default: _in_format,
-    aten._native_batch_norm_legit.no_stats: _in_format,
-    aten._native_batch_norm_legit_functional.default: _in_format,
-    aten._native_batch_norm_legit_no_training.default: _in_format,
-    aten.native_batch_norm_backward.default: _in_format_of_second,
-    aten.batch_norm_backward.default: _in_format_of_second,
-    aten.native_group_norm_backward.default: _in_format_of_second,
+    aten.native_batch_norm.default: functools.partial(_batch_norm, 5),
+    aten._native_batch_norm_legit.default: functools.partial(_batch_norm, 5),
+    aten._native_batch_norm_legit.no_stats: functools.partial(_batch_norm, 3),
+    aten._native_batch_norm_legit_functional.default: functools.partial(_batch_norm, 5),
+    aten._native_batch_norm_legit_no_training.default: functools.partial(_batch_norm, None),
+    aten.native_batch_norm_backward.default: _first(_in_format_of_second),
+    aten.batch_norm_backward.default: _first(_in_format_of_second),
+    aten.native_group_norm_backward.default: _first(_in_format_of_second),
 }
-"""From an op's first result, as torch describes it, and its arguments to a tensor with the strides that this result has
-on CPU. Where the first is contiguous, so are all."""
+"""From an op's result, or results, as torch describes it, and its arguments to tensors with the shapes and strides that
+it has on CPU."""
 
 
 @contextlib.contextmanager
@@ -130,13 +150,14 @@ def _describe(op: OpOverload, description: Callable[..., Any]) -> None:
     op._dispatch_cache.clear()
 
 
-def _corrected(description: Callable[..., Any], rule: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Any:
-    results = description(*args, **kwargs)
-    if not isinstance(results, tuple):
-        return _laid_out(results, rule, args)
-    corrected = [_laid_out(x, rule, args) if i == 0 or rule is _contiguous else x for i, x in enumerate(results)]
-    return tuple(corrected)
+def _corrected(description: Callable[..., Any], rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    described = description(*args, **kwargs)
+    if not isinstance(described, tuple):
+        return _laid_out(described, rule(described, *args))
+    return tuple(map(_laid_out, described, rule(described, *args)))
 
 
-def _laid_out(result: Tensor | None, rule: Callable[..., Tensor], args: tuple[Any, ...]) -> Tensor | None:
-    return None if result is None else result.new_empty_strided(result.shape, rule(result, *args).stride())
+def _laid_out(described: Tensor | None, like: Tensor | None) -> Tensor | None:
+    if described is None or like is None or described is like:
+        return described
+    return described.new_empty_strided(like.shape, like.stride())

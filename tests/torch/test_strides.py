@@ -87,6 +87,12 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     ),
 }
 
+BATCH_NORMS = [
+    aten.native_batch_norm.default,
+    aten._native_batch_norm_legit.default,
+    aten._native_batch_norm_legit_functional.default,
+]
+
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
@@ -95,9 +101,9 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def strides(call: Callable[[Any, Tensor, Tensor], Result], op: OpOverload, g: Tensor, x: Tensor) -> list[Any]:
-    result = call(op, g, x)
-    return [None if y is None else y.stride() for y in (result if isinstance(result, tuple) else (result,))]
+def forms(result: Result) -> list[Any]:
+    """Shapes and strides."""
+    return [y if y is None else (y.shape, y.stride()) for y in (result if isinstance(result, tuple) else (result,))]
 
 
 @pytest.mark.parametrize("values", LAYOUTS)
@@ -107,8 +113,19 @@ def test_strides_are_those_of_the_kernel(op: OpOverload, gradients: str, values:
     g, x = LAYOUTS[gradients](torch.rand(16, 4, 8, 8)), LAYOUTS[values](torch.rand(16, 4, 8, 8))
     mode = FakeTensorMode()
     with right_strides(), enable_python_dispatcher(), mode:
-        told = strides(CALLS[op], op, mode.from_tensor(g), mode.from_tensor(x))
-    assert told == strides(CALLS[op], op, g, x)
+        told = forms(CALLS[op](op, mode.from_tensor(g), mode.from_tensor(x)))
+    assert told == forms(CALLS[op](op, g, x))
+
+
+@pytest.mark.parametrize("values", LAYOUTS)
+@pytest.mark.parametrize("op", BATCH_NORMS, ids=str)
+def test_batch_norm_saves_nothing_in_evaluation(op: OpOverload, values: str) -> None:
+    x = LAYOUTS[values](torch.rand(16, 4, 8, 8))
+    mode = FakeTensorMode()
+    fake = mode.from_tensor(x)
+    with right_strides(), enable_python_dispatcher(), mode:
+        told = op(fake, *stats(fake), *stats(fake), False, 0.1, 1e-5)
+    assert forms(told) == forms(op(x, *stats(x), *stats(x), False, 0.1, 1e-5))
 
 
 def test_a_number_may_take_the_place_of_a_tensor() -> None:
