@@ -25,11 +25,17 @@ def _dropout(x: torch.Tensor, p: float, scale: float) -> tuple[torch.Tensor, tor
     mask = torch.zeros_like(x, dtype=torch.bool)
     if p < 1:  # else eager draws nothing
         mask.bernoulli_(1 - p)
-    return x.mul(mask).mul_(scale), mask
+    return _masked(x, mask, scale), mask
 
 
 def _dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    return grad.mul(mask).mul_(scale)
+    return _masked(grad, mask, scale)
+
+
+def _masked(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    if x.stride() != mask.stride():  # the result is laid out by both
+        return x.mul(mask).mul_(scale)
+    return mask.to(x.dtype).mul_(x).mul_(scale)  # the same, without a copy of the mask beside the result
 
 
 LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")
