@@ -51,7 +51,7 @@ def optimize(
             plain model's peak. None: what the model's CUDA device has free.
         example_inputs, example_kwargs: arguments of a call, to capture and plan now; else that happens at the first
             call.
-        plan: a plan to apply instead of solving.
+        plan: a plan to apply instead of solving; an `OverBudgetWarning` says so where its peak is over the budget here.
         verify: run each planned step and the plain one once, on copies of the model, and compare what they leave bit by
             bit. Takes the memory of the plain step.
         **options: how to plan: `solver`, `effort`, `solver_options`, `cost_model`, `cost_cache`, `device`, `optimizer`,

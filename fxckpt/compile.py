@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from fxckpt.capture.joint import JointGraph, capture
-from fxckpt.errors import BudgetError, PlanMismatchError
+from fxckpt.errors import BudgetError, OverBudgetWarning, PlanMismatchError
 from fxckpt.graph import Graph
 from fxckpt.options import Options, budget_in_bytes
 from fxckpt.plans import Plan
@@ -24,6 +25,7 @@ from fxckpt.runtime import Program
 from fxckpt.schedule import Schedule, plain
 from fxckpt.simulate import simulate
 from fxckpt.solvers import solve
+from fxckpt.units import format_bytes
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,10 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
         BudgetError: the budget makes no sense.
     """
     graph = profile.graph
-    if options.plan is not None:
-        _check_same_graph(options.plan, graph)
-        return replace(options.plan, graph=graph)
     peak_bytes = simulate(graph, plain(graph)).peak_bytes
     budget_bytes = budget_in_bytes(options.budget, peak_bytes, profile.joint.device)
+    if options.plan is not None:
+        return _made_elsewhere(options.plan, graph, budget_bytes)
     for plan in similar:
         if plan.graph.structure == graph.structure:
             reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
@@ -130,6 +131,22 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
                 return reused
     solution = solve(graph, budget_bytes, options.solver, **options.solver_options)
     return Plan(graph, solution.schedule, solution.solver, _cost_name(options, profile), budget_bytes)
+
+
+def _made_elsewhere(plan: Plan, graph: Graph, budget_bytes: int) -> Plan:
+    """The plan with what is known here of its graph."""
+    _check_same_graph(plan, graph)
+    plan = replace(plan, graph=graph)
+    peak_bytes = plan.predicted.peak_bytes
+    if peak_bytes > budget_bytes:
+        warnings.warn(
+            f"the plan's peak is {format_bytes(peak_bytes)} here, over the budget of {format_bytes(budget_bytes)}: "
+            "where it was made, less was known of what kernels allocate inside, or gradients were not there before "
+            'the step. Plan here: with cost_model="measure", or by optimize with a budget alone',
+            OverBudgetWarning,
+            stacklevel=2,
+        )
+    return plan
 
 
 def _cost_name(options: Options, profile: Profile) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from fxckpt.capture.checks import UnexpectedValue
 from fxckpt.capture.roles import Roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.compile import Compiled
@@ -73,7 +74,10 @@ def _plain_forward(structure: Structure, twin: nn.Module, tensors: list[torch.Te
 def _optimized_forward(
     program: Program, backward_for: BackwardFor, twin: nn.Module, tensors: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    return run_forward(program, watch(twin).given(program.roles.inputs, tensors), backward_for)
+    try:
+        return run_forward(program, watch(twin).given(program.roles.inputs, tensors), backward_for)
+    except UnexpectedValue as error:
+        raise VerificationError(f"{error}, so that the plain forward would run. Give inputs that pass it") from error
 
 
 def _step(model: nn.Module, tensors: Sequence[torch.Tensor], roles: Roles, forward: Forward) -> Left:

@@ -11,6 +11,8 @@ __all__ = [
     "InfeasibleBudgetError",
     "InvalidScheduleError",
     "MissingExtraError",
+    "OverBudgetWarning",
+    "PlanBypassedWarning",
     "PlanFormatError",
     "PlanMismatchError",
     "RuntimeContractError",
@@ -33,6 +35,14 @@ class CaptureError(FxckptError, RuntimeError):
 
 class CheckpointingBypassedWarning(UserWarning):
     """The model checkpoints activations itself; an optimized module ignores that and follows its plan."""
+
+
+class OverBudgetWarning(UserWarning):
+    """A plan made elsewhere has a higher peak here than the budget."""
+
+
+class PlanBypassedWarning(UserWarning):
+    """A call of an optimized module ran its plain forward, which keeps all activations."""
 
 
 class InvalidScheduleError(FxckptError, ValueError):

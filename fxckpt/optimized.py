@@ -10,6 +10,7 @@ import contextlib
 import copy
 import functools
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt.capture.checks import UnexpectedValue
 from fxckpt.capture.constants import only_value
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.compile import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.equivalence import check_same_step
-from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.errors import InvalidScheduleError, PlanBypassedWarning, RuntimeContractError
 from fxckpt.options import Options
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
@@ -138,8 +140,24 @@ class Planner:
         compiled = entry.expected
         given = self._watch.given(compiled.profile.joint.roles.inputs, tensors)
         other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
-        results = run_forward(compiled.program, given, other_backward)
+        try:
+            results = run_forward(compiled.program, given, other_backward)
+        except UnexpectedValue:
+            results = None
+        if results is None:
+            return self._run_plain(args, kwargs)
         return put_together(compiled.profile.joint.outputs, iter(results))
+
+    def _run_plain(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the model does where one of its checks of values fails: it raises its own error, if any."""
+        outputs = self.plain.forward(*args, **kwargs)
+        warnings.warn(
+            "the model's forward found something wrong with values, but raised no error: it ran as it is, without its "
+            "plan",
+            PlanBypassedWarning,
+            stacklevel=3,
+        )
+        return outputs
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Capture and plan for these arguments now."""

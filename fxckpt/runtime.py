@@ -23,10 +23,12 @@ import torch
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch.autograd.function import FunctionCtx
 
+from fxckpt.capture.checks import EXPECT, UnexpectedValue
 from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
+from fxckpt.rewrite.rng import rng_state, set_rng_state
 from fxckpt.rewrite.split import Emitted
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -49,6 +51,11 @@ class Program:
         traced = {i: o.tangent.meta["val"] for i, o in enumerate(outputs) if o.tangent is not None}
         return frozenset((i, layout_of(traced[i])) for i in self.emitted.tangents)
 
+    @cached_property
+    def checks_values(self) -> bool:
+        """Whether forward may end with `UnexpectedValue`."""
+        return any(node.target is EXPECT for node in self.emitted.forward.graph.nodes)
+
     def updated(self) -> tuple[int, ...]:
         """Indices of the inputs that forward changes."""
         return tuple(i for i, given in enumerate(self.roles.inputs) if given.update is not None)
@@ -65,6 +72,9 @@ def run_forward(program: Program, given: Sequence[torch.Tensor], backward_for: B
         program: what to run.
         given: the tensors of `program.roles.inputs`.
         backward_for: called in backward if other outputs were differentiated than the program expects.
+
+    Raises:
+        UnexpectedValue: a check of values found something wrong. All is as before the call.
     """
     step = _Step(program, given, backward_for)
     token = torch.empty(0, requires_grad=True)
@@ -103,6 +113,18 @@ def plain_execution() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _draws_undone(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Where a check of values ends the context, random-number generators are put back as they were."""
+    states = {device: rng_state(device) for device in {"cpu", *(str(x.device) for x in tensors)}}
+    try:
+        yield
+    except UnexpectedValue:
+        for device, state in states.items():
+            set_rng_state(state, device)
+        raise
+
+
 class _Step:
     """One forward and its backwards: what is saved between them, and backward's progress."""
 
@@ -117,7 +139,8 @@ class _Step:
         """Compute outputs, copy updates into the inputs that forward changes, and keep what backward reads."""
         emitted, roles = self._program.emitted, self._program.roles
         updated = self._program.updated()
-        with plain_execution():
+        undone = _draws_undone(self._given) if self._program.checks_values else contextlib.nullcontext()
+        with plain_execution(), undone:
             values: tuple[torch.Tensor, ...] = emitted.forward.forward(list(self._given))
         with torch.no_grad():
             for index, new in zip(updated, values, strict=False):

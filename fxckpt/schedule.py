@@ -88,7 +88,8 @@ def check(graph: Graph, schedule: Schedule) -> None:
 
     Raises:
         InvalidScheduleError: an op reads what is not there, a backward op runs in forward, an op that must not be
-            repeated is, ordered ops change places, or an output, update or gradient is never written.
+            repeated is, ordered ops change places, are left out or wait for backward, or an output, update or gradient
+            is never written.
     """
     if not 0 <= schedule.forward_steps <= len(schedule):
         raise InvalidScheduleError(f"forward_steps is {schedule.forward_steps} of {len(schedule)} steps")
@@ -98,7 +99,7 @@ def check(graph: Graph, schedule: Schedule) -> None:
         if not 0 <= index < len(graph.ops):
             raise InvalidScheduleError(f"step {step} names op {index}, but there are {len(graph.ops)}")
         if step == schedule.forward_steps:
-            _check_written(graph, available, (*graph.outputs, *graph.updates), "forward ends")
+            _check_forward_ended(graph, available, executed)
             available |= {i for i, s in enumerate(graph.storages) if s.kind == "tangent"}
         op = graph.ops[index]
         if step < schedule.forward_steps and index >= graph.forward_count:
@@ -112,8 +113,9 @@ def check(graph: Graph, schedule: Schedule) -> None:
         executed.add(index)
         available.update(op.writes)
     if len(schedule) == schedule.forward_steps:
-        _check_written(graph, available, (*graph.outputs, *graph.updates), "forward ends")
+        _check_forward_ended(graph, available, executed)
     _check_written(graph, available | _tangents(graph), graph.gradients, "backward ends")
+    _check_executed(graph, range(len(graph.ops)), executed, "backward ends")
     for first, second in pairwise(_ordered_first_runs(graph, schedule)):
         if first > second:
             names = graph.ops[second].name, graph.ops[first].name
@@ -124,6 +126,17 @@ def check(graph: Graph, schedule: Schedule) -> None:
 
 def _tangents(graph: Graph) -> set[int]:
     return {i for i, s in enumerate(graph.storages) if s.kind == "tangent"}
+
+
+def _check_forward_ended(graph: Graph, available: set[int], executed: set[int]) -> None:
+    _check_written(graph, available, (*graph.outputs, *graph.updates), "forward ends")
+    _check_executed(graph, range(graph.forward_count), executed, "forward ends")
+
+
+def _check_executed(graph: Graph, ops: range, executed: set[int], when: str) -> None:
+    missing = [graph.ops[i].name for i in ops if graph.ops[i].ordered and i not in executed]
+    if missing:
+        raise InvalidScheduleError(f"{when}, but {missing[0]}, which draws random numbers or has an effect, never ran")
 
 
 def _check_written(graph: Graph, available: set[int], needed: tuple[int, ...], when: str) -> None:

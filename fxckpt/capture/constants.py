@@ -6,7 +6,8 @@ way than in eager. Such values are computed beside the graph, for as long as eve
 
 Known is also an argument of integers that are all 0 or all 1, as an attention mask is where nothing is padded. Then the
 graph is good for calls with this value only: `Constants.asked` says which arguments such answers depend on, given or
-not, and whoever calls the graph compares `only_value` of them.
+not, and whoever calls the graph compares `only_value` of them. Where all that an answer decides is whether an error is
+raised, values need not be known (see `checks`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -24,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
+
+from fxckpt.capture.checks import answer_without_error
 
 _MADE_OF_NOTHING: frozenset[Any] = frozenset(
     {
@@ -124,7 +128,13 @@ class Constants(TorchFunctionMode):
             self._known[argument] = _Known(value, frozenset({number}))
 
     def __enter__(self) -> Constants:
-        self._patches.enter_context(mock.patch.object(FunctionalTensor, "tolist", Tensor.tolist))  # seen by modes, too
+        reads: dict[str, Callable[[Any], Any]] = {
+            "tolist": Tensor.tolist,  # seen by modes, too
+            "item": lambda x: Tensor.item(x) if x.dtype is not torch.bool else self._truth(x, sys._getframe(1)),
+            "__bool__": lambda x: self._truth(x, sys._getframe(1)),
+        }
+        for name, method in reads.items():
+            self._patches.enter_context(mock.patch.object(FunctionalTensor, name, method))
         model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
         if hasattr(model, _WARNS):
             self._patches.enter_context(mock.patch.object(model, _WARNS, mock.Mock()))
@@ -158,6 +168,14 @@ class Constants(TorchFunctionMode):
         elif changes and any(x in self._known for x in given):
             self._known.clear()  # what is changed may be seen through other tensors too
         return result
+
+    def _truth(self, tensor: Tensor, frame: FrameType) -> bool:
+        """Whether a tensor that `frame` reads is true."""
+        if tensor not in self._known or self._known[tensor].arguments:
+            answer = answer_without_error(tensor, frame)
+            if answer is not None:
+                return answer
+        return bool(Tensor.item(tensor))
 
     def _note(
         self,

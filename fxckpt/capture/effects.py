@@ -21,7 +21,7 @@ def has_effects(node: fx.Node) -> bool:
     if is_random(node) or is_collective(node):
         return True
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+    return isinstance(target, torch._ops.OpOverload) and (target._schema.is_mutable or not target._schema.returns)
 
 
 def is_collective(node: fx.Node) -> bool:
@@ -39,6 +39,8 @@ def why_pinned(node: fx.Node) -> str:
     if isinstance(target, torch._ops.OpOverload):
         if target._schema.is_mutable:
             return "it changes its arguments"
+        if not target._schema.returns:
+            return "it looks at values and may raise an error"
         if torch.Tag.nondeterministic_bitwise in target.tags:
             return "it may give another result when run again"
     return ""

@@ -25,6 +25,7 @@ from torch.fx.experimental import proxy_tensor
 
 from fxckpt.capture.absent import made_present
 from fxckpt.capture.checkpointed import checkpointing_bypassed
+from fxckpt.capture.checks import checks_kept
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
@@ -177,6 +178,7 @@ def _export(stack: contextlib.ExitStack, traced: FunctionalModel, tensors: list[
     """Export the joint graph with the first flags that allow it."""
     stack.enter_context(torch.enable_grad())
     stack.enter_context(own_kernels())
+    stack.enter_context(checks_kept())
     stack.enter_context(warnings.catch_warnings())
     warnings.simplefilter("ignore")  # what the model has to say it says when it runs
     stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast

@@ -126,9 +126,8 @@ def _source(desc: Any) -> tuple[InputKind, str, int]:
         return InputKind.ATTRIBUTE, "", int(desc.target.removeprefix("attribute_"))
     if isinstance(desc, aot.ForwardTokenAOTInput):
         raise CaptureError(
-            "forward calls an op with an effect of its own (one that prints, asserts, or checks for errors as "
-            "torch.linalg.solve does), which could not be repeated. Take it out, or use a form without the check "
-            "(torch.linalg.solve_ex)"
+            "forward calls an op with an effect of its own (one that prints, or is registered as having one), whose "
+            "place among others fxckpt can't keep. Take it out"
         )
     raise CaptureError(
         f"the graph takes {desc.expr()} as an input, a {type(desc).__name__}, which fxckpt can't feed. Tensor "

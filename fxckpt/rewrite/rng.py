@@ -26,14 +26,15 @@ def rng_state(device: str) -> torch.Tensor:
 def run_with_rng_state(state: torch.Tensor, device: str, op: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a random op from a saved generator state; the generator itself is left as it was."""
     current = rng_state(device)
-    _set(state, device)
+    set_rng_state(state, device)
     try:
         return op(*args, **kwargs)
     finally:
-        _set(current, device)
+        set_rng_state(current, device)
 
 
-def _set(state: torch.Tensor, device: str) -> None:
+def set_rng_state(state: torch.Tensor, device: str) -> None:
+    """Set the state of the device's default random-number generator."""
     kind = torch.device(device)
     if kind.type == "cpu":
         torch.set_rng_state(state)

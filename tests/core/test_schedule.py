@@ -84,6 +84,18 @@ def test_repeats_of_ordered_ops_may_come_in_any_order() -> None:
     schedules.check(two_draws(ordered=True), Schedule((0, 1, 1, 0, 1), 2))
 
 
+def test_ordered_ops_run_and_those_of_forward_in_forward() -> None:
+    schedules.check(two_draws(ordered=False), Schedule((0,), 1))
+    with pytest.raises(InvalidScheduleError, match=r"forward ends, but second, which .* never ran"):
+        schedules.check(two_draws(ordered=True), Schedule((0,), 1))
+    with pytest.raises(InvalidScheduleError, match=r"forward ends, but second, which .* never ran"):
+        schedules.check(two_draws(ordered=True), Schedule((0, 1), 1))
+    backward = replace(two_draws(ordered=True), forward_count=1)
+    schedules.check(backward, Schedule((0, 1), 1))
+    with pytest.raises(InvalidScheduleError, match=r"backward ends, but second, which .* never ran"):
+        schedules.check(backward, Schedule((0,), 1))
+
+
 def test_a_tangent_may_be_a_gradient_without_any_backward_op() -> None:
     graph = Graph((), (Storage("t", 8, "tangent"),), forward_count=0, gradients=(0,))
     schedules.check(graph, Schedule((), 0))

@@ -100,6 +100,28 @@ def _multinomial(x: Tensor) -> Tensor:
     return x + x.gather(1, drawn).sum(1, keepdim=True)
 
 
+def _checked(x: Tensor) -> Tensor:
+    size = x.detach().nan_to_num().abs().clamp(max=9)
+    if (size > 9).any() or not torch.isfinite(size).all():
+        raise ArithmeticError
+    assert size.min() >= 0
+    return x * size
+
+
+def _sampled(x: Tensor) -> Tensor:
+    normal = torch.distributions.Normal(x.nan_to_num(), F.softplus(x.flip(0)).nan_to_num() + 0.1)
+    drawn: Tensor = normal.rsample()
+    return drawn
+
+
+def _solved(x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        y = x.nan_to_num().clamp(-1, 1).to(torch.float32 if x.dtype != torch.float64 else x.dtype)
+        matrix = y.T @ y + torch.eye(y.shape[1], dtype=y.dtype)
+        solution: Tensor = torch.linalg.solve(torch.linalg.cholesky(matrix), y.T)
+        return solution.T.to(x.dtype)
+
+
 def _by_complex(x: Tensor) -> Tensor:
     y = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(y.exp() * y.conj()).flatten(-2)
@@ -147,6 +169,8 @@ ANY: dict[str, Callable[..., Tensor]] = {
     "binary loss": lambda x: x * F.binary_cross_entropy_with_logits(x, x.detach().sigmoid()),
     "divergence": lambda x: x + F.kl_div(x.log_softmax(-1), x.flip(0).softmax(-1), reduction="batchmean"),
     "likelihood": lambda x: x * F.cross_entropy(x, x.argmax(1)),
+    "checks": _checked,
+    "distribution": _sampled,
     "index": lambda x: x[torch.arange(len(x)).flip(0)],
     "index put": lambda x: x.index_put((torch.zeros(2, dtype=torch.long),), x[:1] * 2, accumulate=True),
     "custom function": Twice.of,
@@ -189,6 +213,7 @@ OF_ROWS: dict[str, Layer] = {
     "mlp": _layer(ROWS, lambda s: nn.Sequential(nn.Linear(s.width, 64), nn.GELU(), nn.Linear(64, s.width))),
     "gated linear": _layer(ROWS, lambda s: nn.Sequential(nn.Linear(s.width, 2 * s.width), nn.GLU())),
     "bilinear": _layer(ROWS, lambda s: OutsideAutocast(nn.Bilinear(s.width, s.width, s.width)), count=2),
+    "solved": _function(ROWS, _solved),
     "batch norm": _layer(ROWS, lambda s: nn.BatchNorm1d(s.width)),
     "layer norm": _layer(ROWS, lambda s: nn.LayerNorm(s.width)),
     "rms norm": _layer(ROWS, lambda s: nn.RMSNorm(s.width)),

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import io
 import pickle
+import warnings
 from collections import OrderedDict, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from fxckpt.errors import (
     BudgetError,
     CaptureError,
     InfeasibleBudgetError,
+    OverBudgetWarning,
     PlanMismatchError,
     RuntimeContractError,
     SolverError,
@@ -639,6 +641,15 @@ def test_a_plan_can_be_saved_and_applied() -> None:
     plan = fxckpt.Plan.from_json(plan.to_json())
     optimized = fxckpt.optimize(model, plan=plan, example_inputs=args)
     assert_same_step(run_step(optimized, args, kwargs, project), expected)
+
+
+def test_a_plan_over_the_budget_where_it_is_applied_says_so() -> None:
+    plan = api.plan(net(), "1GB", example_inputs=(X,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fxckpt.optimize(net(), plan.predicted.peak_bytes, plan=plan, example_inputs=(X,))
+    with pytest.warns(OverBudgetWarning, match="Plan here"):
+        fxckpt.optimize(net(), plan.predicted.peak_bytes - 1, plan=plan, example_inputs=(X,))
 
 
 @pytest.mark.works("errors")

@@ -1,0 +1,125 @@
+"""Checks of values that can only lead to an error: `if bad: raise`, `assert good`, those that torch makes itself.
+
+No values are known while a graph is captured. Where a question about them decides only whether an error is raised, the
+answer is the one that raises none, and an op in the graph compares it with the right one whenever the step runs. If
+they differ, whoever runs the step runs the model's plain forward instead: it knows which error to raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+from bisect import bisect_right
+from collections.abc import Iterator
+from types import FrameType
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._library.simple_registry import singleton
+
+from fxckpt.capture.library import LIBRARY
+
+
+class UnexpectedValue(Exception):  # noqa: N818 - caught, and answered by the plain forward
+    """A question about values has another answer than the one that was captured."""
+
+
+def _expect(value: Tensor, answer: bool) -> None:
+    if bool(value) is not answer:
+        raise UnexpectedValue("a check of values in the model's forward found something wrong")
+
+
+def _expect_nothing(_: Tensor, __: bool) -> None:
+    """No values are known."""
+
+
+LIBRARY.define("expect(Tensor value, bool answer) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+LIBRARY.impl("expect", _expect, "CompositeExplicitAutograd")
+LIBRARY.impl("expect", _expect_nothing, "Meta")
+
+EXPECT = torch.ops.fxckpt.expect.default
+
+_TRUTH = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
+_OWN = {EXPECT, torch.ops.aten._linalg_check_errors.default, torch.ops.aten._assert_async.default}
+
+
+@contextlib.contextmanager
+def checks_kept() -> Iterator[None]:
+    """Ops that look at values and raise are ops like others, without a result; tracing keeps them all the same.
+
+    Torch would hand values from one to the next to keep them in order, or leave them out.
+    """
+    impure = torch.fx.node._side_effectful_functions | _OWN
+    with (
+        mock.patch.object(singleton.find("aten::_linalg_check_errors").effect, "_effect", None),
+        mock.patch.object(torch.fx.node, "_side_effectful_functions", impure),
+    ):
+        yield
+
+
+def answer_without_error(tensor: Tensor, frame: FrameType) -> bool | None:
+    """Whether a tensor that `frame` reads is true, if an error would be raised otherwise; None if it is not so.
+
+    The answer is checked whenever the traced step runs.
+    """
+    answer = _way_without_error(frame) if tensor.numel() == 1 else None
+    if answer is not None:
+        EXPECT(tensor.detach(), answer)
+    return answer
+
+
+def _way_without_error(frame: FrameType) -> bool | None:
+    """Which value of the expression that a frame is computing does not end in `raise` where the other does."""
+    code = list(dis.get_instructions(frame.f_code))
+    place = {instruction.offset: i for i, instruction in enumerate(code)}
+    at, negated = bisect_right(list(place), frame.f_lasti) - 1, False  # a call is followed by a cache of its own
+    if code[at].opname == "PRECALL":  # python 3.11 calls some functions a step early
+        at += 1
+    if not _branches(code[at]) and code[at].opname not in _TRUTH:
+        at += 1
+    while not _branches(code[at]):
+        if code[at].opname in _TRUTH:
+            negated ^= code[at].opname == "UNARY_NOT"
+            at += 1
+        elif code[at].opname == "STORE_FAST" and code[at + 1].opname == "LOAD_FAST" and _same_name(*code[at : at + 2]):
+            at += 2
+        else:
+            return None
+    if "NONE" in code[at].opname:
+        return None
+    ends = {"TRUE" in code[at].opname: place[code[at].argval], "FALSE" in code[at].opname: at + 1}
+    raising = [value for value, start in ends.items() if _raises(code, place, start)]
+    return None if len(raising) != 1 else (not raising[0]) ^ negated
+
+
+def _same_name(first: dis.Instruction, second: dis.Instruction) -> bool:
+    return bool(first.argval == second.argval)
+
+
+def _branches(instruction: dis.Instruction) -> bool:
+    return "JUMP" in instruction.opname and "_IF_" in instruction.opname
+
+
+def _raises(code: list[dis.Instruction], place: dict[int, int], start: int) -> bool:
+    """Whether every way on from an instruction ends in `raise`."""
+    seen: set[int] = set()
+    pending, raises = [start], False
+    while pending:
+        at = pending.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        name = code[at].opname
+        if name.startswith(("RETURN", "YIELD")):
+            return False
+        if name in ("RAISE_VARARGS", "RERAISE"):
+            raises = True
+            continue
+        if code[at].opcode in dis.hasjrel or code[at].opcode in dis.hasjabs:
+            pending.append(place[code[at].argval])
+            if not name.startswith("JUMP") or "_IF_" in name:
+                pending.append(at + 1)
+        else:
+            pending.append(at + 1)
+    return raises
