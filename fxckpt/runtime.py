@@ -23,7 +23,7 @@ import torch
 from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch.autograd.function import FunctionCtx
 
-from fxckpt.capture.checks import EXPECT, UnexpectedValue
+from fxckpt.capture.checks import UnexpectedValue
 from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result, Roles
@@ -50,11 +50,6 @@ class Program:
         outputs = self.roles.outputs
         traced = {i: o.tangent.meta["val"] for i, o in enumerate(outputs) if o.tangent is not None}
         return frozenset((i, layout_of(traced[i])) for i in self.emitted.tangents)
-
-    @cached_property
-    def checks_values(self) -> bool:
-        """Whether forward may end with `UnexpectedValue`."""
-        return any(node.target is EXPECT for node in self.emitted.forward.graph.nodes)
 
     def updated(self) -> tuple[int, ...]:
         """Indices of the inputs that forward changes."""
@@ -139,7 +134,7 @@ class _Step:
         """Compute outputs, copy updates into the inputs that forward changes, and keep what backward reads."""
         emitted, roles = self._program.emitted, self._program.roles
         updated = self._program.updated()
-        undone = _draws_undone(self._given) if self._program.checks_values else contextlib.nullcontext()
+        undone = _draws_undone(self._given) if emitted.checks_values else contextlib.nullcontext()
         with plain_execution(), undone:
             values: tuple[torch.Tensor, ...] = emitted.forward.forward(list(self._given))
         with torch.no_grad():

@@ -64,8 +64,8 @@ def _as_noise(
 
 
 def _first(rule: Callable[..., Tensor]) -> Callable[..., Results]:
-    """Of several results, the first."""
-    return lambda results, *args: (rule(results[0], *args), *results[1:])
+    """Of several results, the first, if it is wanted."""
+    return lambda results, *args: (results[0] if results[0] is None else rule(results[0], *args), *results[1:])
 
 
 def _each(rule: Callable[..., Tensor]) -> Callable[..., Results]:
@@ -73,12 +73,12 @@ def _each(rule: Callable[..., Tensor]) -> Callable[..., Results]:
 
 
 def _batch_norm(training_index: int | None, results: tuple[Tensor, ...], x: Tensor, *args: Any) -> Results:
-    """In evaluation there are no statistics of the batch to save: on CPU they are empty."""
-    output, mean, deviation, *running = results
-    if training_index is None or not args[training_index - 1]:
-        on_cpu = getattr(x, "fake_device", x.device).type == "cpu"
-        mean, deviation = (y.new_empty(0 if on_cpu else y.shape) for y in (mean, deviation))
-    return _in_format(output, x), mean, deviation, *running
+    """Statistics have the type of parameters; in evaluation there are none of the batch to save."""
+    output, *statistics = results
+    training = training_index is not None and args[training_index - 1]
+    dtype = next((y.dtype for y in args if isinstance(y, Tensor)), x.dtype)
+    shapes = [y.shape if training or i >= 2 else (0,) for i, y in enumerate(statistics)]
+    return _in_format(output, x), *(x.new_empty(shape, dtype=dtype) for shape in shapes)
 
 
 LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor | Results]] = {
@@ -117,25 +117,30 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor | Results]] = {
     aten.reflection_pad3d_backward.default: _in_format_of_second,
     aten.replication_pad2d_backward.default: _in_format_of_second,
     aten.replication_pad3d_backward.default: _in_format_of_second,
+    aten.native_batch_norm_backward.default: _first(_in_format_of_second),
+    aten.batch_norm_backward.default: _first(_in_format_of_second),
+    aten.native_group_norm_backward.default: _first(_in_format_of_second),
+}
+"""From an op's result, or results, as torch describes it, and its arguments to tensors with the strides that it has on
+CPU."""
+
+OF_OTHER_FORM: dict[OpOverload, Callable[..., Results]] = {
     aten.native_batch_norm.default: functools.partial(_batch_norm, 5),
     aten._native_batch_norm_legit.default: functools.partial(_batch_norm, 5),
     aten._native_batch_norm_legit.no_stats: functools.partial(_batch_norm, 3),
     aten._native_batch_norm_legit_functional.default: functools.partial(_batch_norm, 5),
     aten._native_batch_norm_legit_no_training.default: functools.partial(_batch_norm, None),
-    aten.native_batch_norm_backward.default: _first(_in_format_of_second),
-    aten.batch_norm_backward.default: _first(_in_format_of_second),
-    aten.native_group_norm_backward.default: _first(_in_format_of_second),
 }
-"""From an op's result, or results, as torch describes it, and its arguments to tensors with the shapes and strides that
-it has on CPU."""
+"""From an op's results, as torch describes them, and its arguments to tensors of the form that they have on CPU."""
 
 
 @contextlib.contextmanager
 def right_strides() -> Iterator[None]:
     """Let the descriptions of these ops be right."""
-    shortcuts = {op: decomposition_table.pop(op) for op in LAID_OUT_LIKE if op in decomposition_table}
-    before = {op: op.py_kernels[DispatchKey.Meta] for op in LAID_OUT_LIKE}
-    for op, rule in LAID_OUT_LIKE.items():
+    rules = {op: functools.partial(_restrided, rule) for op, rule in LAID_OUT_LIKE.items()} | OF_OTHER_FORM
+    shortcuts = {op: decomposition_table.pop(op) for op in rules if op in decomposition_table}
+    before = {op: op.py_kernels[DispatchKey.Meta] for op in rules}
+    for op, rule in rules.items():
         _describe(op, functools.partial(_corrected, before[op], rule))
     try:
         yield
@@ -151,13 +156,13 @@ def _describe(op: OpOverload, description: Callable[..., Any]) -> None:
 
 
 def _corrected(description: Callable[..., Any], rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    described = description(*args, **kwargs)
-    if not isinstance(described, tuple):
-        return _laid_out(described, rule(described, *args))
-    return tuple(map(_laid_out, described, rule(described, *args)))
+    return rule(description(*args, **kwargs), *args)
 
 
-def _laid_out(described: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if described is None or like is None or described is like:
-        return described
-    return described.new_empty_strided(like.shape, like.stride())
+def _restrided(rule: Callable[..., Any], described: Any, *args: Any) -> Any:
+    right = rule(described, *args)
+    return tuple(map(_with_strides, described, right)) if isinstance(right, tuple) else _with_strides(described, right)
+
+
+def _with_strides(x: Tensor | None, of: Tensor | None) -> Tensor | None:
+    return x if x is None or of is None else x.new_empty_strided(x.shape, of.stride())

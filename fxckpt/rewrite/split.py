@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 
 from fxckpt import schedule as schedules
+from fxckpt.capture.checks import EXPECT
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.codegen import compile_boxed
 from fxckpt.rewrite.writer import Writer
@@ -37,6 +38,7 @@ class Emitted:
         tangents: indices of the outputs whose tangents backward takes.
         stages: what is yielded when.
         read_outputs: indices of the outputs that backward reads, so that the caller must not change them in place.
+        checks_values: whether forward may end with `UnexpectedValue`.
     """
 
     forward: fx.GraphModule
@@ -46,6 +48,7 @@ class Emitted:
     tangents: tuple[int, ...]
     stages: tuple[Stage, ...]
     read_outputs: tuple[int, ...]
+    checks_values: bool
 
 
 def stages_of(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> tuple[Stage, ...]:
@@ -123,4 +126,5 @@ def emit(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozense
         tangents=second.tangents,
         stages=stages,
         read_outputs=second.read_outputs(),
+        checks_values=any(node.target is EXPECT for node in first.graph.nodes),
     )

@@ -35,9 +35,7 @@ ROUNDED = {"masked_fill", "masked.prod", "pca_lowrank", "prod", "svd_lowrank"}
 UNDEFINED = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 """Ops whose results are what was in memory before."""
 
-REASONS = re.compile(
-    "reads the value of a tensor|whose shape depends on values|calls an op with an effect of its own|backward_token"
-)
+REASONS = re.compile("reads the value of a tensor|whose shape depends on values|backward_token")
 """Why ops are refused."""
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -12,7 +12,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxckpt.capture.strides import LAID_OUT_LIKE, right_strides
+from fxckpt.capture.strides import LAID_OUT_LIKE, OF_OTHER_FORM, right_strides
 
 aten = torch.ops.aten
 Result = Tensor | tuple[Tensor, ...]
@@ -102,13 +102,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def forms(result: Result) -> list[Any]:
-    """Shapes and strides."""
-    return [y if y is None else (y.shape, y.stride()) for y in (result if isinstance(result, tuple) else (result,))]
+    """Types, shapes and strides."""
+    return [
+        y if y is None else (y.dtype, y.shape, y.stride()) for y in (result if isinstance(result, tuple) else (result,))
+    ]
 
 
 @pytest.mark.parametrize("values", LAYOUTS)
 @pytest.mark.parametrize("gradients", LAYOUTS)
-@pytest.mark.parametrize("op", LAID_OUT_LIKE, ids=str)
+@pytest.mark.parametrize("op", CALLS, ids=str)
 def test_strides_are_those_of_the_kernel(op: OpOverload, gradients: str, values: str) -> None:
     g, x = LAYOUTS[gradients](torch.rand(16, 4, 8, 8)), LAYOUTS[values](torch.rand(16, 4, 8, 8))
     mode = FakeTensorMode()
@@ -117,15 +119,36 @@ def test_strides_are_those_of_the_kernel(op: OpOverload, gradients: str, values:
     assert told == forms(CALLS[op](op, g, x))
 
 
+def test_every_correction_is_tested() -> None:
+    assert CALLS.keys() == LAID_OUT_LIKE.keys() | OF_OTHER_FORM.keys()
+
+
+def test_results_that_are_not_wanted() -> None:
+    x, mean = torch.rand(16, 4, 8, 8), torch.rand(16, 2)
+    mode = FakeTensorMode()
+    fake, few = mode.from_tensor(x), mode.from_tensor(mean)
+    with right_strides(), enable_python_dispatcher(), mode:
+        told = aten.native_group_norm_backward.default(fake, fake, few, few, None, 16, 4, 64, 2, [False, True, False])
+    assert [y is not None for y in told] == [False, True, False]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("of_statistics", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_values", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("values", LAYOUTS)
 @pytest.mark.parametrize("op", BATCH_NORMS, ids=str)
-def test_batch_norm_saves_nothing_in_evaluation(op: OpOverload, values: str) -> None:
-    x = LAYOUTS[values](torch.rand(16, 4, 8, 8))
+def test_statistics_of_batches(
+    op: OpOverload, values: str, of_values: torch.dtype, of_statistics: torch.dtype, training: bool
+) -> None:
+    """In evaluation there are none."""
+    if (of_values, of_statistics) == (torch.float32, torch.bfloat16):
+        pytest.skip("torch has no kernel")
+    x, mean = LAYOUTS[values](torch.rand(16, 4, 8, 8)).to(of_values), torch.rand(4).to(of_statistics)
     mode = FakeTensorMode()
-    fake = mode.from_tensor(x)
+    fake, few = mode.from_tensor(x), mode.from_tensor(mean)
     with right_strides(), enable_python_dispatcher(), mode:
-        told = op(fake, *stats(fake), *stats(fake), False, 0.1, 1e-5)
-    assert forms(told) == forms(op(x, *stats(x), *stats(x), False, 0.1, 1e-5))
+        told = op(fake, few, few, few, few, training, 0.1, 1e-5)
+    assert forms(told) == forms(op(x, mean, mean, mean.clone(), mean.clone(), training, 0.1, 1e-5))
 
 
 def test_a_number_may_take_the_place_of_a_tensor() -> None:
@@ -136,7 +159,7 @@ def test_a_number_may_take_the_place_of_a_tensor() -> None:
 
 
 def test_what_torch_tells_otherwise_is_left_as_it_was() -> None:
-    before = [op.py_kernels.copy() for op in LAID_OUT_LIKE]
+    before = [op.py_kernels.copy() for op in CALLS]
     with pytest.raises(KeyboardInterrupt), right_strides():
         raise KeyboardInterrupt
-    assert [op.py_kernels for op in LAID_OUT_LIKE] == before
+    assert [op.py_kernels for op in CALLS] == before

@@ -131,7 +131,6 @@ def spoil(module: fx.GraphModule, target: Any, suffix: str = "") -> str:
         ("forward", aten.addmm.default, ""),
         ("forward", aten.sigmoid.default, ""),
         ("backward", aten.tanh_backward.default, ""),
-        ("backward", aten.tanh.default, "_again"),
         ("backward", aten.addmm.default, "_again"),
     ],
 )
