@@ -111,12 +111,13 @@ def plain_execution() -> Iterator[None]:
 @contextlib.contextmanager
 def _draws_undone(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Where a check of values ends the context, random-number generators are put back as they were."""
-    states = {device: rng_state(device) for device in {"cpu", *(str(x.device) for x in tensors)}}
+    devices = {"cpu", *(str(x.device) for x in tensors)}
+    states = {device: rng_state(device).numpy().tobytes() for device in devices}  # beside what plans count
     try:
         yield
     except UnexpectedValue:
         for device, state in states.items():
-            set_rng_state(state, device)
+            set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), device)
         raise
 
 

@@ -56,6 +56,25 @@ GIVEN_ROWS, GIVEN_SEQUENCE = (Input("rows", requires_grad=True),), (Input("seque
 WIDE, SINGLE = Sizes(batch=64, width=64), Sizes(length=1, width=32)
 
 FOUND: dict[str, Trial] = {
+    "what checks of values may put back takes no memory that plans count": Trial(
+        Program(
+            (Input("sequence"),),
+            (
+                Line("distribution (sequence)", (0,), dtype="double"),
+                Line("last of sequence", (1,), dtype="float", mode="frozen"),
+                Line("einsum", (2,), dtype="bfloat16"),
+                Line("square root (rows)", (3,), mode="evaluated"),
+                Line("exp (rows)", (4,), dtype="bfloat16"),
+                Line("power (rows)", (5,)),
+            ),
+            (Output(6, how="chunks"), Output(1)),
+            sizes=Sizes(batch=64, length=1, width=6),
+        ),
+        solver="random",
+        budget=1.0,
+        training=False,
+        unused=1,
+    ),
     "a loss does not hold the memory of its terms": Trial(
         Program(
             (Input("image"),),
