@@ -40,7 +40,8 @@ LIBRARY.impl("expect", _expect_nothing, "Meta")
 
 EXPECT = torch.ops.fxckpt.expect.default
 
-_TRUTH = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
+_PASSED = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
+"""Instructions that may stand between a question and the branch that it decides."""
 _OWN = {EXPECT, torch.ops.aten._linalg_check_errors.default, torch.ops.aten._assert_async.default}
 
 
@@ -76,13 +77,13 @@ def _way_without_error(frame: FrameType) -> bool | None:
     at, negated = bisect_right(list(place), frame.f_lasti) - 1, False  # a call is followed by a cache of its own
     if code[at].opname == "PRECALL":  # python 3.11 calls some functions a step early
         at += 1
-    if not _branches(code[at]) and code[at].opname not in _TRUTH:
+    if not _branches(code[at]) and code[at].opname not in _PASSED:
         at += 1
     while not _branches(code[at]):
-        if code[at].opname in _TRUTH:
+        if code[at].opname in _PASSED:
             negated ^= code[at].opname == "UNARY_NOT"
             at += 1
-        elif code[at].opname == "STORE_FAST" and code[at + 1].opname == "LOAD_FAST" and _same_name(*code[at : at + 2]):
+        elif _is_read_back(code, at):
             at += 2
         else:
             return None
@@ -93,8 +94,12 @@ def _way_without_error(frame: FrameType) -> bool | None:
     return None if len(raising) != 1 else (not raising[0]) ^ negated
 
 
-def _same_name(first: dis.Instruction, second: dis.Instruction) -> bool:
-    return bool(first.argval == second.argval)
+def _is_read_back(code: list[dis.Instruction], at: int) -> bool:
+    """Whether an instruction only gives a value a name, by which the next reads it."""
+    return code[at].opname == "STORE_FAST" and (code[at + 1].opname, code[at + 1].argval) == (
+        "LOAD_FAST",
+        code[at].argval,
+    )
 
 
 def _branches(instruction: dis.Instruction) -> bool:
@@ -118,7 +123,7 @@ def _raises(code: list[dis.Instruction], place: dict[int, int], start: int) -> b
             continue
         if code[at].opcode in dis.hasjrel or code[at].opcode in dis.hasjabs:
             pending.append(place[code[at].argval])
-            if not name.startswith("JUMP") or "_IF_" in name:
+            if not name.startswith("JUMP") or _branches(code[at]):
                 pending.append(at + 1)
         else:
             pending.append(at + 1)
