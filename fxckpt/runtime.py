@@ -28,7 +28,7 @@ from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.layout import layout_of
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
-from fxckpt.rewrite.rng import rng_state, set_rng_state
+from fxckpt.rewrite.rng import KeptState
 from fxckpt.rewrite.split import Emitted
 
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
@@ -112,12 +112,12 @@ def plain_execution() -> Iterator[None]:
 def _draws_undone(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Where a check of values ends the context, random-number generators are put back as they were."""
     devices = {"cpu", *(str(x.device) for x in tensors)}
-    states = {device: rng_state(device).numpy().tobytes() for device in devices}  # beside what plans count
+    states = [KeptState(device) for device in devices]
     try:
         yield
     except UnexpectedValue:
-        for device, state in states.items():
-            set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8), device)
+        for state in states:
+            state.put_back()
         raise
 
 

@@ -101,6 +101,8 @@ class _ReplayedStorages:
 def _op(node: fx.Node, joint: JointGraph, map_: StorageMap, replayed: _ReplayedStorages, cost: CostModel) -> Op:
     pinned = why_pinned(node)
     estimate = cost(node)
+    # A repeated draw copies the generator's present state, before its outputs are there.
+    repeat_bytes = _state_bytes(node) - written_bytes(node) if is_random(node) and not pinned else 0
     module, source = joint.places[node]
     return Op(
         name=node.name,
@@ -110,7 +112,7 @@ def _op(node: fx.Node, joint: JointGraph, map_: StorageMap, replayed: _ReplayedS
         replay=() if pinned else replayed.of(node),
         time_us=estimate.time_us,
         flops=count_flops(node),
-        workspace_bytes=estimate.workspace_bytes,
+        workspace_bytes=max(estimate.workspace_bytes, repeat_bytes),
         pinned=pinned,
         ordered=has_effects(node),
         module=module,

@@ -25,12 +25,24 @@ def rng_state(device: str) -> torch.Tensor:
 
 def run_with_rng_state(state: torch.Tensor, device: str, op: Any, /, *args: Any, **kwargs: Any) -> Any:
     """Run a random op from a saved generator state; the generator itself is left as it was."""
-    current = rng_state(device)
+    current = KeptState(device)
     set_rng_state(state, device)
     try:
         return op(*args, **kwargs)
     finally:
-        set_rng_state(current, device)
+        current.put_back()
+
+
+class KeptState:
+    """State of a device's default random-number generator, to be put back: not a tensor, which plans would count."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._state = bytearray(rng_state(device).numpy())
+
+    def put_back(self) -> None:
+        """Set the generator's state."""
+        set_rng_state(torch.frombuffer(self._state, dtype=torch.uint8), self._device)
 
 
 def set_rng_state(state: torch.Tensor, device: str) -> None:
