@@ -399,7 +399,7 @@ CASES: tuple[Case, ...] = (
     Case("roberta", lambda: roberta(2, 64, 32, 4), own_loss),
     Case("gpt2", lambda: gpt2(2, 64, 32, 4), own_loss),
     Case("llama", lambda: llama(2, 64, 32, 4), own_loss),
-    Case("t5", lambda: t5(2, 64, 32, 4), own_loss),
+    Case("t5", lambda: t5(1, 64, 32, 4), own_loss),
     Case("vit", lambda: vit(2, 64, 48, 4), own_loss),
 )
 

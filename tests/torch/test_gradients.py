@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import unittest.mock
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import fxckpt
 from fxckpt import api
+from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
 from fxckpt.plans import Plan
@@ -36,6 +38,7 @@ class Subject:
         self.initial = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.expected: Step = plain_step(self.model, self.args, self.kwargs, case.loss)
         self.checked: set[Schedule] = set()
+        self._captured: JointGraph | None = None
         self.plain_plan: Plan = api.plan(
             self.model, 1.0, example_inputs=self.args, example_kwargs=self.kwargs, solver="save_all"
         )
@@ -56,15 +59,22 @@ class Subject:
         """Run a plan once and compare; a schedule that another solver found too runs only once."""
         if plan.schedule in self.checked:
             return
-        model = fxckpt.optimize(
-            self.reset(),
-            example_inputs=self.args,
-            example_kwargs=self.kwargs,
-            cost_model="estimate",
-            plan=plan,
-        )
+        with unittest.mock.patch("fxckpt.compile.capture", self._capture):
+            model = fxckpt.optimize(
+                self.reset(),
+                example_inputs=self.args,
+                example_kwargs=self.kwargs,
+                cost_model="estimate",
+                plan=plan,
+            )
         assert_same_step(run_step(model, self.args, self.kwargs, self.case.loss), self.expected)
         self.checked.add(plan.schedule)
+
+    def _capture(self, *args: Any, **kwargs: Any) -> JointGraph:
+        """The captured step, the same for all plans."""
+        if self._captured is None:
+            self._captured = capture(*args, **kwargs)
+        return self._captured
 
 
 def options_of(solver: str, graph: Graph, effort: str) -> dict[str, Any]:
