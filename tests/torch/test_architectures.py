@@ -18,8 +18,7 @@ QUICK = ("Qwen3", "Mixtral", "SqueezeBERT", "LLaVA")
 REFUSED = {
     "RecurrentGemma": "recurrent_states",
     "DeBERTa-v2": "nonzero",
-    "Longformer": "any",
-    "Nyströmformer": "broadcast",
+    "Longformer": "nonzero",
     "Switch Transformers": "nonzero",
     "ViLT": "reads the value",
 }
