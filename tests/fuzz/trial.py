@@ -108,7 +108,10 @@ def _repeating_at_random(graph: Graph) -> Schedule:
     generator = random.Random(len(order))
     for index in generator.sample(free, len(free) // 2):
         first = forward_steps if handed_out.intersection(graph.ops[index].writes) else 0
-        place = generator.randint(max(first, order.index(index) + 1), order.index(last))
+        places = range(max(first, order.index(index) + 1), order.index(last) + 1)
+        if not places:  # handed out, and there is no op in backward
+            continue
+        place = generator.choice(places)
         forward_steps += place < forward_steps
         order.insert(place, index)
     return Schedule(tuple(order), forward_steps)

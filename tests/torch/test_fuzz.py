@@ -9,10 +9,13 @@ from unittest import mock
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 
+from fxckpt import schedule as schedules
+from fxckpt.graph import Graph
 from tests.fuzz import MENU, Input, Line, Output, Program, Refused, Sizes, Trial, check, trials
 from tests.fuzz.__main__ import Run
+from tests.strategies import graphs
 
 EXAMPLES = 30
 
@@ -402,6 +405,14 @@ def test_a_failure_says_how_to_see_it_again() -> None:
     source = caught.value.__notes__[0].partition("check(")[2].removesuffix(")")
     names = {kind.__name__: kind for kind in (Trial, Program, Line, Input, Output, Sizes)}
     assert eval(source, dict(names)) == trial
+
+
+@settings(derandomize=True, deadline=None, database=None)
+@given(graphs())
+def test_repeats_at_random_are_a_valid_schedule(graph: Graph) -> None:
+    assume(graph.ops)
+    schedule = Trial(Program(ROWS, (), ()), solver="random").schedule(graph, 0)
+    schedules.check(graph, schedule)
 
 
 @pytest.mark.parametrize("name", MENU)
