@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from fxckpt.capture.joint import JointGraph, capture
 from tests.models import Case
 
 Loss = Callable[[Any], Tensor]
@@ -104,3 +105,16 @@ def allocate_gradients(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.zeros_like(parameter)
+
+
+class CapturedOnce:
+    """Stands in for `fxckpt.compile.capture` where many plans of one model are tried: captures each step only once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, JointGraph] = {}
+
+    def __call__(self, *args: Any, tangents: Any = None, **kwargs: Any) -> JointGraph:
+        key = repr(tangents)
+        if key not in self._known:
+            self._known[key] = capture(*args, tangents=tangents, **kwargs)
+        return self._known[key]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import unittest.mock
 from collections.abc import Iterable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,14 +14,13 @@ from torch import nn
 
 import fxckpt
 from fxckpt import api
-from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.graph import Graph
 from fxckpt.plans import Plan
 from fxckpt.schedule import Schedule
 from fxckpt.solvers import ORACLES, SOLVERS, Solution, solve
 from tests.models import CASES, FULL, Case
-from tests.training import Step, assert_same_step, clear_gradients, plain_step, run_step
+from tests.training import CapturedOnce, Step, assert_same_step, clear_gradients, plain_step, run_step
 
 # Plans are made here from sizes alone: what kernels allocate inside shows where they are applied.
 pytestmark = pytest.mark.filterwarnings("ignore::fxckpt.errors.OverBudgetWarning")
@@ -38,7 +37,7 @@ class Subject:
         self.initial = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         self.expected: Step = plain_step(self.model, self.args, self.kwargs, case.loss)
         self.checked: set[Schedule] = set()
-        self._captured: JointGraph | None = None
+        self.capture = CapturedOnce()
         self.plain_plan: Plan = api.plan(
             self.model, 1.0, example_inputs=self.args, example_kwargs=self.kwargs, solver="save_all"
         )
@@ -59,7 +58,7 @@ class Subject:
         """Run a plan once and compare; a schedule that another solver found too runs only once."""
         if plan.schedule in self.checked:
             return
-        with unittest.mock.patch("fxckpt.compile.capture", self._capture):
+        with mock.patch("fxckpt.compile.capture", self.capture):
             model = fxckpt.optimize(
                 self.reset(),
                 example_inputs=self.args,
@@ -69,12 +68,6 @@ class Subject:
             )
         assert_same_step(run_step(model, self.args, self.kwargs, self.case.loss), self.expected)
         self.checked.add(plan.schedule)
-
-    def _capture(self, *args: Any, **kwargs: Any) -> JointGraph:
-        """The captured step, the same for all plans."""
-        if self._captured is None:
-            self._captured = capture(*args, **kwargs)
-        return self._captured
 
 
 def options_of(solver: str, graph: Graph, effort: str) -> dict[str, Any]:
