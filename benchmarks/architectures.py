@@ -24,9 +24,9 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import fxckpt
+from benchmarks.models.architectures import ARCHITECTURES, step_at
 from fxckpt.api import plan_of
 from fxckpt.errors import FxckptError, InfeasibleBudgetError
-from tests.architectures import ARCHITECTURES, step_at
 
 RESULTS = Path(__file__).parent / "results"
 RATIO = 0.5

@@ -13,9 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import fxckpt
-from benchmarks.models import CASES
-from fxckpt.graph import Graph
-from tests.models import FULL
+from benchmarks.models.cases import FULL
+from benchmarks.models.zoo import CASES
+from fxckpt.core.graph import Graph
 
 GRAPHS = Path(__file__).parent / "graphs"
 

@@ -23,9 +23,9 @@ from itertools import combinations
 from pathlib import Path
 
 from benchmarks.optimality import GRAPHS, Problem, accounted
-from fxckpt.graph import Graph
-from fxckpt.solvers import solve
-from fxckpt.solvers.treeverse import forward_steps
+from fxckpt.core.graph import Graph
+from fxckpt.core.solvers import solve
+from fxckpt.core.solvers.baselines.treeverse import forward_steps
 
 _State = tuple[int, int, int]
 """Layer, phase of its backward, and the stored activations as bits.

@@ -32,13 +32,13 @@ from tqdm import tqdm
 
 import fxckpt
 from benchmarks.frontier_report import Point, Result, Rival, table, write
-from benchmarks.peers import Forward, Peer, applied, peers, run_flops
-from benchmarks.subjects import Subject, subjects
+from benchmarks.models.cases import Case
+from benchmarks.peers.eager import Forward, Peer, applied, peers, run_flops
+from benchmarks.peers.subjects import Subject, subjects
 from fxckpt.api import plan_of
-from fxckpt.comparison import Ratio, gradients_of, largest_difference
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.measurement import TrainingStep, timed_in_turn
-from tests.models import Case
+from fxckpt.steps.comparison import Ratio, gradients_of, largest_difference
+from fxckpt.steps.step import TrainingStep, timed_in_turn
 
 QUICK_MODELS = ("gpt12_dropout", "bert6", "unet4")
 NO_LIMIT = 2**62

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fxckpt.comparison import Ratio
-from fxckpt.plans import Figures
+from fxckpt.core.plans import Figures
+from fxckpt.steps.comparison import Ratio
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def draw(path: Path, result: Result, step_us: float) -> None:
     """The picture. Estimates are drawn as ratios to the estimate for the plain model, like measured times."""
     from matplotlib import pyplot as plt
 
-    from fxckpt.report.plot import plot_curve
+    from fxckpt.core.report.plot import plot_curve
 
     scale = step_us / result.baseline.step_us
     predicted = [replace(p.predicted, step_us=p.predicted.step_us * scale) for p in result.fxckpt if p.predicted]

@@ -3,7 +3,7 @@
 Look at one moment of the step, the first run of op t. What is live fits the budget; whatever of the rest a later op
 reads must be made again after that moment, from what is live, with every op that this takes. So the step repeats at
 least as much as the cheapest choice of live storages that fits. Relaxed to prices a byte, this choice is a minimum cut
-(`fxckpt.solvers.mincut`), and the lower hull of all cuts bounds it from below (Lagrange duality).
+(`fxckpt.core.solvers.mincut`), and the lower hull of all cuts bounds it from below (Lagrange duality).
 
 At the moment when backward starts the bound holds for every schedule. At a later one it holds for schedules in which
 backward ops run for the first time in the graph's order. It counts each op once, so where ops must be repeated several
@@ -15,9 +15,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from dataclasses import replace
 
-from fxckpt.graph import RESIDENT, Graph
-from fxckpt.schedule import deliveries, plain
-from fxckpt.solvers.mincut import KeepProblem
+from fxckpt.core.graph import RESIDENT, Graph
+from fxckpt.core.schedule import deliveries, plain
+from fxckpt.core.solvers.mincut import KeepProblem
 
 Hull = list[tuple[int, float]]
 """Corners (bytes in use [B], time repeated [µs]) of a lower hull, from few bytes to many."""

@@ -34,11 +34,11 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 from benchmarks.lower_bound import LowerBound
+from fxckpt.core.graph import Graph
+from fxckpt.core.schedule import plain
+from fxckpt.core.simulate import simulate
+from fxckpt.core.solvers import solve
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.graph import Graph
-from fxckpt.schedule import plain
-from fxckpt.simulate import simulate
-from fxckpt.solvers import solve
 
 FRACTIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)
 ACCOUNTINGS = ("fresh", "allocated", "in place")

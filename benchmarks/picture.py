@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 import fxckpt
-from tests.models import case
+from benchmarks.models.cases import case
 
 MODEL, BUDGET = "gpt12", 0.4
 SAME_EVERY_TIME = {"svg.hashsalt": "fxckpt", "svg.fonttype": "path"}

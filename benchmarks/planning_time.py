@@ -22,10 +22,10 @@ from typing import Any
 from tabulate import tabulate
 
 import fxckpt
-from benchmarks.models import llama, llama3_8b
+from benchmarks.models.zoo import llama, llama3_8b
 from benchmarks.optimality import GRAPHS, Problem
-from fxckpt.graph import Graph
-from fxckpt.solvers import solve
+from fxckpt.core.graph import Graph
+from fxckpt.core.solvers import solve
 
 FRACTION = 0.5
 FROZEN = ("gpt12", "llama12", "mlp32", "resmlp1000", "resnet50", "unet4")

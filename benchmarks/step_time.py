@@ -3,8 +3,8 @@
     python -m benchmarks.step_time [--runs 15] [--budgets 2.0 0.7 0.5] [--output benchmarks/results/step_time.json]
     [case …]
 
-Both sides run in turn in one process (`fxckpt.comparison`). A budget is a fraction of the plain peak by simulation;
-above 1 nothing is repeated. Peaks are measured, everything counted.
+Both sides run in turn in one process (`fxckpt.steps.comparison`). A budget is a fraction of the plain peak by
+simulation; above 1 nothing is repeated. Peaks are measured, everything counted.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from tabulate import tabulate
 
 import fxckpt
+from benchmarks.models.cases import FULL, Case
 from fxckpt.api import plan_of
-from fxckpt.comparison import Comparison, compare
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.measurement import TrainingStep
-from tests.models import FULL, Case
+from fxckpt.steps.comparison import Comparison, compare
+from fxckpt.steps.step import TrainingStep
 
 HEADERS = ("case", "budget", "time ratio", "peak MiB", "plain peak MiB", "FLOPs ratio", "same bits", "repeated ops")
 

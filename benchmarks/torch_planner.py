@@ -27,17 +27,17 @@ import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
-from benchmarks.peer_schedules import by_hand, torch_planner
-from benchmarks.subjects import Subject, subjects
+from benchmarks.peers.schedules import by_hand, torch_planner
+from benchmarks.peers.subjects import Subject, subjects
 from fxckpt.capture.joint import capture
-from fxckpt.compile import estimated
+from fxckpt.core.graph import Graph
+from fxckpt.core.schedule import Schedule, plain
+from fxckpt.core.simulate import simulate
+from fxckpt.core.solvers import solve
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.graph import Graph
+from fxckpt.pipeline import estimated
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.estimate import DEVICES
-from fxckpt.schedule import Schedule, plain
-from fxckpt.simulate import simulate
-from fxckpt.solvers import solve
 
 MODELS = ("gpt12", "bert6", "resnet50", "unet4", "mlp32", "llama12")
 NEAR_ZERO = (0.01, 0.02, 0.03, 0.05)

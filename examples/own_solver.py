@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import fxckpt
-from fxckpt.graph import Graph
-from fxckpt.schedule import Schedule, plain
-from fxckpt.simulate import simulate
+from fxckpt.core.graph import Graph
+from fxckpt.core.schedule import Schedule, plain
+from fxckpt.core.simulate import simulate
 
 COSTLY = ("mm", "convolution", "attention")
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxckpt.api import advise, benchmark, graphs, max_batch, measure, optimize, pareto, plan, print_plan
+    from fxckpt.core.plans import Plan
     from fxckpt.errors import FxckptError, InfeasibleBudgetError
-    from fxckpt.plans import Plan
 
 __version__ = "0.1.0"
 
@@ -34,7 +34,7 @@ __all__ = [
     "print_plan",
 ]
 
-_HOMES = {"FxckptError": "errors", "InfeasibleBudgetError": "errors", "Plan": "plans"}
+_HOMES = {"FxckptError": "errors", "InfeasibleBudgetError": "errors", "Plan": "core.plans"}
 """Where names live that are not in `api`."""
 
 

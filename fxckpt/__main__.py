@@ -2,7 +2,7 @@
 
 import sys
 
-from fxckpt.cli import main
+from fxckpt.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

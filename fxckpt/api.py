@@ -10,22 +10,22 @@ from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
 import torch
 from torch import fx, nn
 
-from fxckpt.arguments import split_result
-from fxckpt.batch import MaxBatch, largest_batch
-from fxckpt.comparison import Comparison, compare
-from fxckpt.compile import Compiled, make_plan, profile_step
+from fxckpt.capture.watch import watch
+from fxckpt.cli.arguments import split_result
+from fxckpt.core.advice import Advice
+from fxckpt.core.batch import MaxBatch, largest_batch
+from fxckpt.core.graph import Graph
+from fxckpt.core.pareto import Pareto, curve
+from fxckpt.core.plans import Plan
+from fxckpt.core.report.table import plan_text
 from fxckpt.errors import BudgetError, CaptureError, FxckptError
-from fxckpt.graph import Graph
-from fxckpt.measurement import Measurement, TrainingStep, measure_step
-from fxckpt.optimized import plain_model, planner_of, stand_in
+from fxckpt.module.planner import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, Options, PlanOptions, free_bytes, read_options
-from fxckpt.plans import Plan
+from fxckpt.pipeline import Compiled, make_plan, profile_step
 from fxckpt.profile.build import Profile
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
-from fxckpt.report.advice import Advice
-from fxckpt.report.pareto import Pareto, curve
-from fxckpt.report.table import plan_text
-from fxckpt.signature import watch
+from fxckpt.steps.comparison import Comparison, compare
+from fxckpt.steps.step import Measurement, TrainingStep, measure_step
 from fxckpt.units import within
 
 Model = TypeVar("Model", bound=nn.Module)

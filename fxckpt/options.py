@@ -9,12 +9,12 @@ from typing import Any, TypedDict
 
 import torch
 
+from fxckpt.core.plans import Plan
+from fxckpt.core.solvers import Solver, check_options
+from fxckpt.core.solvers.chain.dp import Effort
 from fxckpt.errors import BudgetError
-from fxckpt.plans import Plan
 from fxckpt.profile.estimate import DeviceProfile
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
-from fxckpt.solvers import Solver, check_options
-from fxckpt.solvers.dp import Effort
 from fxckpt.units import parse_bytes, within
 
 COST_MODELS = ("auto", "estimate", "measure", "reference")
@@ -27,8 +27,8 @@ class PlanOptions(TypedDict, total=False):
     """How to plan: keyword arguments of `optimize`, `plan` and all that plans.
 
     Attributes:
-        solver: name of a solver (see `fxckpt.solvers.SOLVERS`), or a function from a graph and a budget in bytes to a
-            schedule. By default "auto".
+        solver: name of a solver (see `fxckpt.core.solvers.SOLVERS`), or a function from a graph and a budget in bytes
+            to a schedule. By default "auto".
         effort: how long to search, "fast", "default" or "max": milliseconds, seconds, or up to a minute for some
             hundred ops. For solvers that search: auto, dp, min_memory.
         solver_options: further arguments of the solver, such as {"k": 3} for "uniform".

@@ -104,7 +104,7 @@ def test_imports_run_one_way(module: Path) -> None:
 def test_plans_import_the_report_only_when_a_picture_is_asked_for() -> None:
     top = ast.parse((ROOT / "plans.py").read_text()).body
     modules = [node.module or "" for node in top if isinstance(node, ast.ImportFrom)]
-    assert not [name for name in modules if name.startswith("fxckpt.report")]
+    assert not [name for name in modules if name.startswith("fxckpt.core.report")]
 
 
 BLOCKER = """
@@ -169,7 +169,7 @@ def test_every_bare_except_and_print_is_gone() -> None:
             assert not is_print or part(module) in ("report", "cli", "demo", "api"), f"{module} prints"
 
 
-@pytest.mark.parametrize("first", ["fxckpt.plans", "fxckpt.api", "fxckpt.solvers", "fxckpt.cli"])
+@pytest.mark.parametrize("first", ["fxckpt.core.plans", "fxckpt.api", "fxckpt.core.solvers", "fxckpt.cli.main"])
 def test_public_functions_are_functions_whatever_was_imported_before(first: str) -> None:
     code = f"import {first}, fxckpt; assert all(callable(getattr(fxckpt, name)) for name in fxckpt.__all__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -34,10 +34,9 @@ ROWS: dict[str, str] = {
 def shown() -> dict[str, list[str]]:
     """For each row what its tests show, in the order of files and lines."""
     found: dict[str, list[str]] = {row: [] for row in ROWS}
-    for folder in ("core", "torch"):
-        for path in sorted((ROOT / "tests" / folder).glob("test_*.py")):
-            for row, texts in _marks(f"tests.{folder}.{path.stem}"):
-                found[row] += texts
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for row, texts in _marks(".".join(path.relative_to(ROOT).with_suffix("").parts)):
+            found[row] += texts
     return found
 
 

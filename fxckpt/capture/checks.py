@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._library.simple_registry import singleton
 
-from fxckpt.capture.library import LIBRARY
+from fxckpt.upstream.ops.library import LIBRARY
 
 
 class UnexpectedValue(Exception):  # noqa: N818 - caught, and answered by the plain forward

@@ -16,11 +16,11 @@ from torch._ops import OpOverload
 from torch.nn import _reduction
 from torch.utils import _pytree as pytree
 
-from fxckpt.capture.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
-from fxckpt.capture.effects import has_effects, is_selection
-from fxckpt.capture.layout import LAID_OUT
-from fxckpt.capture.recurrent import RECURRENT
+from fxckpt.capture.nodes import has_effects, is_selection
 from fxckpt.errors import CaptureError
+from fxckpt.upstream.ops.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
+from fxckpt.upstream.ops.layout import LAID_OUT
+from fxckpt.upstream.ops.recurrent import RECURRENT
 
 aten = torch.ops.aten
 

@@ -1,6 +1,6 @@
 """Capture a model's forward and backward as one fx graph of ATen ops.
 
-This package knows torch's private interfaces for capture; `fxckpt.runtime` knows those for running.
+This package knows torch's private interfaces for capture; `fxckpt.runtime.autograd` knows those for running.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch._functorch._aot_autograd import collect_metadata_analysis, graph_capt
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch.fx.experimental import proxy_tensor
 
-from fxckpt.capture.absent import made_present
-from fxckpt.capture.checkpointed import checkpointing_bypassed
 from fxckpt.capture.checks import checks_kept
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
 from fxckpt.capture.functional import FunctionalModel
-from fxckpt.capture.kernels import own_kernels
-from fxckpt.capture.layout import LAID_OUT
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
-from fxckpt.capture.strides import right_strides
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.errors import CaptureError
+from fxckpt.upstream.checkpointed import checkpointing_bypassed
+from fxckpt.upstream.kernels import own_kernels
+from fxckpt.upstream.meta import made_present
+from fxckpt.upstream.ops.layout import LAID_OUT
+from fxckpt.upstream.strides import right_strides
 
 _ONE_AT_A_TIME = threading.RLock()
 """Tracing sets flags and replaces functions for the whole process."""

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 _KEY = "fxckpt"
 _LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-_DEMO = _OURS + "demo.py"  # the one file of ours with a model in it
+_DEMO = os.path.join(_OURS, "cli", "demo.py")  # the one file of ours with a model in it
 
 
 class Provenance(TorchFunctionMode):

@@ -11,9 +11,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxckpt.capture.cleanup import storage_key
-from fxckpt.capture.effects import has_effects, is_random, why_pinned
 from fxckpt.capture.joint import JointGraph
-from fxckpt.graph import Graph, Op, Storage
+from fxckpt.capture.nodes import has_effects, is_random, why_pinned
+from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
 

@@ -19,9 +19,9 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxckpt.memory import allocation_changes, peak_allocated_bytes
 from fxckpt.profile import cost_cache, private
 from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
+from fxckpt.upstream.allocator import allocation_changes, peak_allocated_bytes
 
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 5, 20, 10_000.0
 _MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxckpt.capture.effects import is_selection
+from fxckpt.capture.nodes import is_selection
 
 _PRIVATE = ("_rnn_layer", "_cudnn_rnn", "_miopen_rnn")
 

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from fxckpt.capture.cleanup import storage_key
-from fxckpt.capture.effects import is_selection
 from fxckpt.capture.joint import JointGraph
+from fxckpt.capture.nodes import is_selection
 from fxckpt.capture.roles import InputKind
-from fxckpt.graph import Storage, StorageKind
+from fxckpt.core.graph import Storage, StorageKind
 
 
 @dataclass(frozen=True)

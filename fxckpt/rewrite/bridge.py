@@ -12,14 +12,14 @@ from dataclasses import replace
 
 from torch import fx
 
-from fxckpt.capture.effects import is_selection
+from fxckpt.capture.nodes import is_selection
+from fxckpt.core.graph import RESIDENT
+from fxckpt.core.schedule import Schedule
 from fxckpt.errors import RuntimeContractError
-from fxckpt.graph import RESIDENT
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.codegen import compile_boxed
+from fxckpt.rewrite.backends.codegen import compile_boxed
 from fxckpt.rewrite.split import Emitted
 from fxckpt.rewrite.writer import Writer
-from fxckpt.schedule import Schedule
 
 
 def bridge(ran: Emitted, second: Profile) -> Emitted:

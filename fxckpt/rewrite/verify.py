@@ -14,15 +14,15 @@ from typing import Any
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from fxckpt.core.graph import RESIDENT, Graph
+from fxckpt.core.schedule import Schedule
+from fxckpt.core.simulate import simulate
 from fxckpt.errors import VerificationError
-from fxckpt.graph import RESIDENT, Graph
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.codegen import deliver
-from fxckpt.rewrite.in_place import plain_call
-from fxckpt.rewrite.rng import run_with_rng_state
+from fxckpt.rewrite.backends.codegen import deliver
+from fxckpt.rewrite.backends.in_place import plain_call
 from fxckpt.rewrite.split import Emitted
-from fxckpt.schedule import Schedule
-from fxckpt.simulate import simulate
+from fxckpt.upstream.ops.rng import run_with_rng_state
 
 
 def verify(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:

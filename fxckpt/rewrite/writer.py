@@ -13,13 +13,13 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxckpt.capture.effects import is_random, is_selection
+from fxckpt.capture.nodes import is_random, is_selection
+from fxckpt.core.schedule import Schedule
 from fxckpt.errors import InvalidScheduleError
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.codegen import deliver
-from fxckpt.rewrite.in_place import overwritten, write_over
-from fxckpt.rewrite.rng import rng_state, run_with_rng_state
-from fxckpt.schedule import Schedule
+from fxckpt.rewrite.backends.codegen import deliver
+from fxckpt.rewrite.backends.in_place import overwritten, write_over
+from fxckpt.upstream.ops.rng import rng_state, run_with_rng_state
 
 aten = torch.ops.aten
 

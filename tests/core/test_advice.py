@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from fxckpt.graph import Graph
-from fxckpt.plans import Plan
-from fxckpt.report.advice import Advice, Verdict, closing_text
-from fxckpt.report.pareto import Pareto, curve
-from fxckpt.schedule import Schedule, plain
-from tests.strategies import chain
+from fxckpt.core.advice import Advice, Verdict, closing_text
+from fxckpt.core.graph import Graph
+from fxckpt.core.pareto import Pareto, curve
+from fxckpt.core.plans import Plan
+from fxckpt.core.schedule import Schedule, plain
+from tests.support.strategies import chain
 
 LAYERS = (10,) * 12
 

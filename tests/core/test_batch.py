@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
-from fxckpt.batch import MaxBatch, largest_batch
+from fxckpt.core.batch import MaxBatch, largest_batch
+from fxckpt.core.graph import Graph
+from fxckpt.core.schedule import plain
+from fxckpt.core.simulate import simulate
+from fxckpt.core.solvers import lowest, solve
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.graph import Graph
-from fxckpt.schedule import plain
-from fxckpt.simulate import simulate
-from fxckpt.solvers import lowest, solve
-from tests.strategies import chain
+from tests.support.strategies import chain
 
 Growth = Callable[[int], int]
 GROWTHS: dict[str, Growth] = {

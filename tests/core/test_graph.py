@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 
+from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.errors import PlanFormatError
-from fxckpt.graph import Graph, Op, Storage
-from tests.strategies import chain, graphs
+from tests.support.strategies import chain, graphs
 
 
 def test_derived_facts_of_a_chain() -> None:

@@ -8,13 +8,13 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 
+from fxckpt.core.graph import Graph
+from fxckpt.core.pareto import Pareto, curve
+from fxckpt.core.schedule import Schedule, plain
+from fxckpt.core.simulate import simulate
+from fxckpt.core.solvers import lowest, solve
 from fxckpt.errors import BudgetError, InfeasibleBudgetError, SolverError
-from fxckpt.graph import Graph
-from fxckpt.report.pareto import Pareto, curve
-from fxckpt.schedule import Schedule, plain
-from fxckpt.simulate import simulate
-from fxckpt.solvers import lowest, solve
-from tests.strategies import chain, training_steps
+from tests.support.strategies import chain, training_steps
 
 LAYERS = (10, 20, 40, 30, 20, 10, 30, 20, 40, 10)
 

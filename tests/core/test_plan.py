@@ -6,12 +6,12 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fxckpt.core.graph import Graph, Op, Storage
+from fxckpt.core.plans import Figures, Plan
+from fxckpt.core.schedule import Schedule
+from fxckpt.core.simulate import simulate
 from fxckpt.errors import PlanFormatError
-from fxckpt.graph import Graph, Op, Storage
-from fxckpt.plans import Figures, Plan
-from fxckpt.schedule import Schedule
-from fxckpt.simulate import simulate
-from tests.strategies import chain, graphs_with_schedules
+from tests.support.strategies import chain, graphs_with_schedules
 
 SCHEDULE = Schedule((0, 1, 2, 3, 4, 0, 1, 5, 6, 7), 4)
 
@@ -115,13 +115,13 @@ def test_a_truncated_file_is_refused() -> None:
 
 
 def test_a_file_that_is_too_large_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxckpt.plans._LARGEST_BYTES", 100)
+    monkeypatch.setattr("fxckpt.core.plans._LARGEST_BYTES", 100)
     with pytest.raises(PlanFormatError, match="larger than the 100 that are read"):
         Plan.from_json(make_plan().to_json())
 
 
 def test_an_order_that_is_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxckpt.plans._MOST_STEPS", 9)
+    monkeypatch.setattr("fxckpt.core.plans._MOST_STEPS", 9)
     with pytest.raises(PlanFormatError, match="a list of at most 9"):
         Plan.from_json(make_plan().to_json())
 

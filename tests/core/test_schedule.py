@@ -3,11 +3,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from fxckpt import schedule as schedules
+from fxckpt.core import schedule as schedules
+from fxckpt.core.graph import Graph, Op, Storage
+from fxckpt.core.schedule import Delivery, Schedule, deliveries, plain
 from fxckpt.errors import InvalidScheduleError
-from fxckpt.graph import Graph, Op, Storage
-from fxckpt.schedule import Delivery, Schedule, deliveries, plain
-from tests.strategies import chain, graphs, graphs_with_schedules
+from tests.support.strategies import chain, graphs, graphs_with_schedules
 
 # The ops of chain(): f0 f1 f2 f3 are 0-3, b3 b2 b1 b0 are 4-7.
 

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 
+from fxckpt.core.graph import RESIDENT, Graph, Op, Storage
+from fxckpt.core.schedule import Schedule, deliveries, plain
+from fxckpt.core.simulate import PEAK_KINDS, Lifetime, Timeline, simulate
 from fxckpt.errors import InvalidScheduleError
-from fxckpt.graph import RESIDENT, Graph, Op, Storage
-from fxckpt.schedule import Schedule, deliveries, plain
-from fxckpt.simulate import PEAK_KINDS, Lifetime, Timeline, simulate
-from tests.strategies import chain, graphs_with_schedules
+from tests.support.strategies import chain, graphs_with_schedules
 
 # chain(): activations a0 a1 a2 a3 of 10 20 40 1 bytes (storages 5-8), a tangent of 1 (9), then ga2 gw3, ga1 gw2,
 # ga0 gw1, gw0 (10-16); weights and their gradients take 4. f<i> takes i+1 µs, b<i> twice that. Always there: x 7 and

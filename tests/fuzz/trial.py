@@ -20,20 +20,20 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fxckpt
-from fxckpt.capture.layout import layout_of
+from benchmarks.models.training import assert_same_bits
 from fxckpt.capture.roles import Result
 from fxckpt.capture.structure import take_apart
+from fxckpt.core.graph import Graph
+from fxckpt.core.schedule import Schedule, plain
+from fxckpt.core.simulate import simulate
+from fxckpt.core.solvers import ORACLES, SOLVERS, lowest, solve
 from fxckpt.errors import CaptureError, RuntimeContractError
-from fxckpt.graph import Graph
-from fxckpt.memory import peak_allocated_bytes
-from fxckpt.optimized import planner_of
-from fxckpt.schedule import Schedule, plain
-from fxckpt.simulate import simulate
-from fxckpt.solvers import ORACLES, SOLVERS, lowest, solve
+from fxckpt.module.planner import planner_of
+from fxckpt.upstream.allocator import peak_allocated_bytes
+from fxckpt.upstream.ops.layout import layout_of
 from tests.fuzz.described import Described
 from tests.fuzz.layers import Loss
 from tests.fuzz.program import Program, programs
-from tests.training import assert_same_bits
 
 RANDOM = "random"
 """A solver that repeats ops anywhere, sensible or not."""

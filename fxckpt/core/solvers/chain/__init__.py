@@ -1,0 +1,1 @@
+"""Dynamic programming over a chain of segments, with choices from minimum cuts."""

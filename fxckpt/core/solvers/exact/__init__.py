@@ -1,0 +1,1 @@
+"""Exact methods, for small graphs and for tests of all others."""

@@ -1,0 +1,1 @@
+"""Local search in schedules, with an exact account of bytes while they are edited."""

@@ -1,0 +1,1 @@
+"""Where fxckpt meets what people train with."""

@@ -1,0 +1,1 @@
+"""What stands in for a user's model, and plans it."""

@@ -1,0 +1,1 @@
+"""How emitted graphs become something that runs."""

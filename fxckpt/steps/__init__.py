@@ -1,0 +1,1 @@
+"""Real steps: run, measured, compared with each other."""

@@ -1,0 +1,162 @@
+"""Verification on request: a step of the plain model and one of the optimized model, compared bit by bit.
+
+Both run on copies of model and inputs, so that gradients, buffers, inputs and the random-number generator stay as they
+were. It takes the memory of the plain step and of two copies of the parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from fxckpt.capture.checks import UnexpectedValue
+from fxckpt.capture.roles import Roles
+from fxckpt.capture.structure import Structure, put_together, take_apart
+from fxckpt.capture.watch import watch
+from fxckpt.errors import VerificationError
+from fxckpt.pipeline import Compiled
+from fxckpt.runtime.autograd import BackwardFor, Program, run_forward
+from fxckpt.steps.diagnosis import first_difference
+
+Forward = Callable[[nn.Module, list[torch.Tensor]], list[torch.Tensor]]
+"""Runs a copy of the model on copies of the tensors among its arguments; returns the tensors among its results."""
+
+Left = dict[str, torch.Tensor | None]
+"""What a step leaves: outputs, gradients, buffers, inputs and random-number state, by name."""
+
+
+def check_same_step(
+    model: nn.Module,
+    compiled: Compiled,
+    structure: Structure,
+    tensors: Sequence[torch.Tensor],
+    backward_for: BackwardFor,
+) -> None:
+    """Run a step of `model` and one of its `compiled` form on the arguments given by structure and tensors.
+
+    Backward starts from the outputs that the plan expects, at random tangents.
+
+    Raises:
+        VerificationError: something that they leave differs. The message names it, and the first op that differs.
+    """
+    if compiled.profile.joint.device.type == "meta":
+        raise VerificationError("verify=True runs the model, but it is on the meta device: move it to a real one")
+    roles = compiled.program.roles
+    plain_step = functools.partial(_step, model, tensors, roles, functools.partial(_plain_forward, structure))
+
+    def optimized_step(program: Program) -> Left:
+        return _step(model, tensors, roles, functools.partial(_optimized_forward, program, backward_for))
+
+    expected = plain_step()
+    difference = _difference(optimized_step(compiled.program), expected)
+    if not difference:
+        return
+    if _difference(plain_step(), expected):
+        raise VerificationError(
+            "the plain model gives other results when it runs a second time from the same random-number state, so "
+            "there is nothing to compare with. Make it deterministic (see torch.use_deterministic_algorithms)"
+        )
+    raise VerificationError(
+        f"the optimized step differs from the plain step: {difference}. "
+        f"{first_difference(compiled, plain_step, optimized_step)}"
+    )
+
+
+def _plain_forward(structure: Structure, twin: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    args, kwargs = put_together(structure, iter(tensors))
+    return take_apart(twin.forward(*args, **kwargs))[0]
+
+
+def _optimized_forward(
+    program: Program, backward_for: BackwardFor, twin: nn.Module, tensors: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    try:
+        return run_forward(program, watch(twin).given(program.roles.inputs, tensors), backward_for)
+    except UnexpectedValue as error:
+        raise VerificationError(f"{error}, so that the plain forward would run. Give inputs that pass it") from error
+
+
+def _step(model: nn.Module, tensors: Sequence[torch.Tensor], roles: Roles, forward: Forward) -> Left:
+    """What a step of a copy of the model leaves, from the present random-number state, which is put back."""
+    with torch.random.fork_rng(), torch.enable_grad():
+        twin, given = _copy(model), _copies(tensors)
+        outputs = forward(twin, given)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            _backward(outputs, roles)
+        left: Left = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+        left |= {f"requires_grad of output {i}": torch.tensor(o.requires_grad) for i, o in enumerate(outputs)}
+        left |= {f"gradient of {name}": p.grad for name, p in twin.named_parameters()}
+        left |= {f"gradient of input {i}": x.grad for i, x in enumerate(given) if x.is_leaf}
+        left |= {f"buffer {name}": buffer.detach() for name, buffer in twin.named_buffers()}
+        left |= {f"input {i}": x.detach() for i, x in enumerate(given)}
+        left["random-number state"] = torch.get_rng_state()
+        return left
+
+
+def _backward(outputs: Sequence[torch.Tensor], roles: Roles) -> None:
+    """Differentiate what the plan expects: computed outputs that have a tangent, and views of them."""
+    expected = {i for i, output in enumerate(roles.outputs) if output.tangent is not None}
+    ends = [
+        output
+        for output, result in zip(outputs, roles.results, strict=True)
+        if result.kind.endswith("output") and result.index in expected and output.requires_grad
+    ]
+    torch.autograd.backward(ends, [_tangent(end) for end in ends])
+
+
+def _tangent(output: torch.Tensor) -> torch.Tensor:
+    """One for a loss; else random numbers in the output's layout, the same each time."""
+    if output.dim() == 0:
+        return torch.ones_like(output)
+    generator = torch.Generator(output.device).manual_seed(output.numel())
+    values = torch.randn(output.shape, generator=generator, dtype=output.dtype, device=output.device)
+    return torch.empty_like(output).copy_(values)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise VerificationError(f"verify=True runs copies of the model, but copy.deepcopy fails: {error}") from error
+
+
+def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies with the layout of the originals, which share memory where the originals do."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        source = tensor.untyped_storage()
+        if source._cdata not in storages:
+            storages[source._cdata] = source.clone()
+        if id(tensor) not in made:
+            form = tensor.storage_offset(), tensor.size(), tensor.stride()
+            twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storages[source._cdata], *form)
+            made[id(tensor)] = _flagged_as(tensor, twin).requires_grad_(tensor.requires_grad)
+    return [made[id(tensor)] for tensor in tensors]
+
+
+def _flagged_as(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
+    """The twin, lazily conjugated or negated if the tensor is."""
+    twin = twin.conj() if tensor.is_conj() else twin
+    return torch._neg_view(twin) if tensor.is_neg() else twin
+
+
+def _difference(found: Left, expected: Left) -> str:
+    """The first thing that differs and by how much, or "" if nothing does."""
+    for name, theirs in expected.items():
+        ours = found.get(name)
+        if theirs is None and ours is None:
+            continue
+        if theirs is None or ours is None:
+            return f"{name} is {'missing' if ours is None else 'there, but the plain model has none'}"
+        if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+            return f"{name} is {ours.dtype}{list(ours.shape)} instead of {theirs.dtype}{list(theirs.shape)}"
+        same = (ours == theirs) | ((ours != ours) & (theirs != theirs))
+        if not same.all():
+            worst = (ours[~same].to(torch.complex128) - theirs[~same].to(torch.complex128)).abs().max().item()
+            return f"{name} ({(~same).sum()} of {same.numel()} elements, by up to {worst:.3g})"
+    return ""

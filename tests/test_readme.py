@@ -1,0 +1,70 @@
+"""The README's figures are those of the committed results."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from fxckpt.units import format_bytes
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+MODELS = {
+    "GPT": "gpt12",
+    "BERT": "bert6",
+    "ResNet-50": "resnet50",
+    "U-Net": "unet4",
+    "MLP": "mlp32",
+    "Llama-like": "llama12",
+}
+
+
+def results(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_comparison_is_that_of_the_results() -> None:
+    found = {model["model"]: model for model in results("torch_planner")["models"]}
+    rows = re.findall(r"^\| ([\w-]+)[^|]*\|((?: [\d.]+[^|]*\|){5})$", README, flags=re.MULTILINE)
+    assert [MODELS[name] for name, _ in rows] == list(found)
+    for name, cells in rows:
+        model = found[MODELS[name]]
+        blocks = next(rival for rival in model["rivals"] if rival["name"] == "checkpoint every 1")
+        lowest_bytes = min(rival["peer"]["peak_bytes"] for rival in model["rivals"])
+        assert [float(cell) for cell in re.findall(r"[\d.]+", cells)] == [
+            round(model["plain_peak_bytes"] / 2**20),
+            round(100 * blocks["peer"]["repeated_flops_ratio"], 1),
+            round(100 * blocks["fxckpt"]["repeated_flops_ratio"], 1),
+            round(lowest_bytes / 2**20, 1),
+            round(model["floor_bytes"] / 2**20, 1),
+        ]
+
+
+def test_the_picture_shows_what_its_caption_says() -> None:
+    found = results("timeline")
+    plain, ours = found["baseline"], found["predicted"]
+    plain_peak, peak = format_bytes(plain["peak_bytes"]), format_bytes(ours["peak_bytes"])
+    adds = f"{100 * ours['recompute_us'] / plain['step_us']:.1f} %"
+    caption = " ".join(README[README.index("![") : README.index("## Try it")].split())
+    assert f"falls from {plain_peak.removesuffix(' MiB')} to {peak}, and recomputing adds {adds}" in caption
+    assert (
+        f"rises to {plain_peak}, the planned step stays below its budget of {format_bytes(found['budget_bytes'])}"
+        in (caption)
+    )
+    assert ours["peak_bytes"] <= found["budget_bytes"] == int(0.4 * plain["peak_bytes"])
+    assert (ROOT / re.findall(r"!\[[^]]*\]\(([^)]*)\)", caption)[0]).is_file()
+
+
+def test_fxckpt_repeats_no_more_at_any_peak_of_the_others() -> None:
+    for model in results("torch_planner")["models"]:
+        for rival in model["rivals"]:
+            assert rival["fxckpt"]["peak_bytes"] <= rival["peer"]["peak_bytes"]
+            assert rival["fxckpt"]["repeated_flops_ratio"] <= rival["peer"]["repeated_flops_ratio"]
+
+
+def test_the_count_of_architectures_is_that_of_the_results() -> None:
+    rows = results("architectures")["rows"]
+    working = sum(row["same_bits"] is True for row in rows)
+    assert f"{working} of {len(rows)} architectures of transformers" in README
