@@ -21,6 +21,7 @@ from fxckpt.errors import CaptureError
 from fxckpt.upstream.ops.dropout import DROPOUT, DROPOUT_BACKWARD, eager_scale
 from fxckpt.upstream.ops.layout import LAID_OUT
 from fxckpt.upstream.ops.recurrent import RECURRENT
+from fxckpt.upstream.tensors import storage_key
 
 aten = torch.ops.aten
 
@@ -75,11 +76,6 @@ def _lay_out_tangents(graph: fx.Graph) -> None:
             tangent.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(tangent)
             graph.erase_node(node)
-
-
-def storage_key(value: Any) -> int | None:
-    """A number that is the same for tensors, traced or real, which share memory; None for other values."""
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
 def _exact_dropout(graph: fx.Graph) -> None:

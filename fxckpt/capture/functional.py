@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.fx.experimental import proxy_tensor
 
-from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.traces import Place, unchanged
+from fxckpt.upstream.tensors import storage_key
 
 
 class FunctionalModel(nn.Module):

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxckpt.capture.checks import UnexpectedValue
 from fxckpt.capture.constants import only_value
 from fxckpt.capture.structure import Structure, put_together, take_apart
-from fxckpt.capture.watch import Ambient, Signature, watch
+from fxckpt.capture.watch import Signature, watch
 from fxckpt.errors import InvalidScheduleError, PlanBypassedWarning, RuntimeContractError
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
@@ -29,6 +28,8 @@ from fxckpt.profile.build import Profile
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
+from fxckpt.upstream.ambient import Ambient
+from fxckpt.upstream.ops.expect import UnexpectedValue
 
 _SLOT = "_fxckpt"
 

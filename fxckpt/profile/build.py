@@ -10,12 +10,12 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.joint import JointGraph
 from fxckpt.capture.nodes import has_effects, is_random, why_pinned
 from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
+from fxckpt.upstream.tensors import storage_key
 
 _CPU_STATE_BYTES = 5056
 _CUDA_STATE_BYTES = 16

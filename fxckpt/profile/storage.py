@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.joint import JointGraph
 from fxckpt.capture.nodes import is_selection
 from fxckpt.capture.roles import InputKind
 from fxckpt.core.graph import Storage, StorageKind
+from fxckpt.upstream.tensors import storage_key
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 from torch import fx
 
-from fxckpt.capture.checks import EXPECT
 from fxckpt.core import schedule as schedules
 from fxckpt.core.schedule import Schedule
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.backends.codegen import compile_boxed
 from fxckpt.rewrite.writer import Writer
+from fxckpt.upstream.ops.expect import EXPECT
 
 
 @dataclass(frozen=True)

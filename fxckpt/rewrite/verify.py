@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxckpt.core.graph import RESIDENT, Graph
 from fxckpt.core.schedule import Schedule
@@ -22,6 +21,7 @@ from fxckpt.profile.build import Profile
 from fxckpt.rewrite.backends.codegen import deliver
 from fxckpt.rewrite.backends.in_place import plain_call
 from fxckpt.rewrite.split import Emitted
+from fxckpt.upstream import pytree
 from fxckpt.upstream.ops.rng import run_with_rng_state
 
 

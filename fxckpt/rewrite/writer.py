@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxckpt.capture.nodes import is_random, is_selection
 from fxckpt.core.schedule import Schedule
@@ -19,6 +18,7 @@ from fxckpt.errors import InvalidScheduleError
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.backends.codegen import deliver
 from fxckpt.rewrite.backends.in_place import overwritten, write_over
+from fxckpt.upstream import pytree
 from fxckpt.upstream.ops.rng import rng_state, run_with_rng_state
 
 aten = torch.ops.aten

@@ -5,8 +5,6 @@ by an
 empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns the
 gradients that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage
 starts.
-
-Besides `fxckpt.capture` this is the only part that relies on torch's private interfaces.
 """
 
 from __future__ import annotations
@@ -20,18 +18,18 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch._functorch._aot_autograd.functional_utils import gen_alias_from_base
 from torch.autograd.function import FunctionCtx
 
-from fxckpt.capture.checks import UnexpectedValue
-from fxckpt.capture.cleanup import storage_key
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
 from fxckpt.rewrite.split import Emitted
+from fxckpt.upstream.aot import replayed_view
+from fxckpt.upstream.dispatch import backward_keeps_graph, plain_execution, when_backward_ends
+from fxckpt.upstream.hooks import gradient_hooks_of
+from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.ops.layout import layout_of
 from fxckpt.upstream.ops.rng import KeptState
-
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+from fxckpt.upstream.tensors import storage_key, version_of
 
 Tangents = frozenset[tuple[int, tuple[int, ...]]]
 """What backward starts from: indices into `Roles.outputs`, and the layouts of their tangents."""
@@ -91,21 +89,7 @@ def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[tor
     base, alias = given[result.index], result.alias
     if alias is None:
         return base
-    return gen_alias_from_base(base, result.example, alias.requires_grad, alias.view_meta_sequence, replay_views=True)
-
-
-@contextlib.contextmanager
-def plain_execution() -> Iterator[None]:
-    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
-
-    Nor does autograd note which values are views of others: a view that is returned would change as its base does.
-    """
-    with (
-        torch._C._DisableAutocast(),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
-    ):
-        yield
+    return replayed_view(base, alias, result.example)
 
 
 @contextlib.contextmanager
@@ -141,7 +125,7 @@ class _Step:
         with torch.no_grad():
             for index, new in zip(updated, values, strict=False):
                 self._given[index].copy_(new)
-        self._given_versions = [self._given[i]._version for i in emitted.given]
+        self._given_versions = [version_of(self._given[i]) for i in emitted.given]
         first, last = len(updated), len(updated) + len(roles.outputs)
         self._saved = list(values[last:])
         return _sharing_memory(values[first:last], [role.requires_grad for role in roles.outputs])
@@ -149,7 +133,7 @@ class _Step:
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
         """Remember the versions of the outputs that backward reads."""
         read = (outputs[i] for i in self._program.emitted.read_outputs)
-        self._watched = [(weakref.ref(output), output._version) for output in read]
+        self._watched = [(weakref.ref(output), version_of(output)) for output in read]
 
     def start_backward(self, tangents: list[torch.Tensor | None]) -> None:
         """Begin a backward from these tangents (None for outputs that nobody differentiated)."""
@@ -159,7 +143,7 @@ class _Step:
         program = self._program if present == self._program.tangents else self._backward_for(present)
         emitted = program.emitted
         boxed = list(self._saved)
-        if not torch._C._autograd._get_current_graph_task_keep_graph():
+        if not backward_keeps_graph():
             self._saved = None
         boxed += [self._given[i] for i in emitted.given]
         boxed += [t for i in emitted.tangents if (t := tangents[i]) is not None]
@@ -177,7 +161,7 @@ class _Step:
                 "backward through the same forward a second time, but what it saved is freed. "
                 "Pass retain_graph=True to the first backward"
             )
-        versions = [self._given[i]._version for i in self._program.emitted.given]
+        versions = [version_of(self._given[i]) for i in self._program.emitted.given]
         if versions != self._given_versions:
             changed = next(
                 self._program.roles.inputs[i]
@@ -191,7 +175,7 @@ class _Step:
             )
         for reference, version in self._watched:
             output = reference()
-            if output is not None and output._version != version:
+            if output is not None and version_of(output) != version:
                 raise RuntimeContractError(
                     "an output of the model was changed in place between forward and backward, which needs its old "
                     "value. "
@@ -245,7 +229,7 @@ def _elements(tensor: torch.Tensor) -> tuple[torch.dtype, bool, bool]:
 
 def _spare_hooks(tensor: torch.Tensor) -> None:
     """Until backward ends, don't call the tensor's hooks without a gradient: the engine would, and eager does not."""
-    hooks = tensor._backward_hooks
+    hooks = gradient_hooks_of(tensor)
     if not hooks:
         return
     before = dict(hooks)
@@ -254,7 +238,7 @@ def _spare_hooks(tensor: torch.Tensor) -> None:
     def put_back() -> None:
         hooks.update({key: hook for key, hook in before.items() if key in hooks})
 
-    torch.autograd.Variable._execution_engine.queue_callback(put_back)
+    when_backward_ends(put_back)
 
 
 def _if_there(hook: Callable[[torch.Tensor], Any], gradient: torch.Tensor | None) -> Any:

@@ -13,12 +13,12 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxckpt.pipeline import Compiled
 from fxckpt.rewrite.backends.codegen import deliver
-from fxckpt.runtime.autograd import Program, plain_execution
+from fxckpt.runtime.autograd import Program
+from fxckpt.upstream import pytree
+from fxckpt.upstream.dispatch import TorchDispatchMode, plain_execution
 
 Digest = tuple[bytes, ...]
 """Fingerprints of the tensors that an op returns."""

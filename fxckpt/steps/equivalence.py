@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from fxckpt.capture.checks import UnexpectedValue
 from fxckpt.capture.roles import Roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.watch import watch
@@ -21,6 +20,8 @@ from fxckpt.errors import VerificationError
 from fxckpt.pipeline import Compiled
 from fxckpt.runtime.autograd import BackwardFor, Program, run_forward
 from fxckpt.steps.diagnosis import first_difference
+from fxckpt.upstream.ops.expect import UnexpectedValue
+from fxckpt.upstream.tensors import copies
 
 Forward = Callable[[nn.Module, list[torch.Tensor]], list[torch.Tensor]]
 """Runs a copy of the model on copies of the tensors among its arguments; returns the tensors among its results."""
@@ -83,7 +84,7 @@ def _optimized_forward(
 def _step(model: nn.Module, tensors: Sequence[torch.Tensor], roles: Roles, forward: Forward) -> Left:
     """What a step of a copy of the model leaves, from the present random-number state, which is put back."""
     with torch.random.fork_rng(), torch.enable_grad():
-        twin, given = _copy(model), _copies(tensors)
+        twin, given = _copy(model), copies(tensors)
         outputs = forward(twin, given)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             _backward(outputs, roles)
@@ -122,27 +123,6 @@ def _copy(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise VerificationError(f"verify=True runs copies of the model, but copy.deepcopy fails: {error}") from error
-
-
-def _copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies with the layout of the originals, which share memory where the originals do."""
-    storages: dict[int, torch.UntypedStorage] = {}
-    made: dict[int, torch.Tensor] = {}
-    for tensor in tensors:
-        source = tensor.untyped_storage()
-        if source._cdata not in storages:
-            storages[source._cdata] = source.clone()
-        if id(tensor) not in made:
-            form = tensor.storage_offset(), tensor.size(), tensor.stride()
-            twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storages[source._cdata], *form)
-            made[id(tensor)] = _flagged_as(tensor, twin).requires_grad_(tensor.requires_grad)
-    return [made[id(tensor)] for tensor in tensors]
-
-
-def _flagged_as(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
-    """The twin, lazily conjugated or negated if the tensor is."""
-    twin = twin.conj() if tensor.is_conj() else twin
-    return torch._neg_view(twin) if tensor.is_neg() else twin
 
 
 def _difference(found: Left, expected: Left) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxckpt.capture.structure import take_apart
 from fxckpt.errors import FxckptError
 from fxckpt.upstream.allocator import peak_allocated_bytes
+from fxckpt.upstream.tensors import storage_key
 
 _RUNS = 5
 
@@ -98,7 +99,7 @@ class TrainingStep:
             *self._inputs,
             *(g for g in gradients if g is not None),
         ]
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
+        return sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
 
     def allocated_bytes(self) -> int:
         """The most bytes in use during a step above those before it [B]."""

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._ops import OpOverload
 
 from fxckpt.core.graph import RESIDENT
 from fxckpt.core.schedule import Schedule
 from fxckpt.core.simulate import Lifetime, simulate
 from fxckpt.profile.build import Profile
+from fxckpt.upstream.operators import OpOverload
 
 aten = torch.ops.aten
 

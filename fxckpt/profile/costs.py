@@ -1,0 +1,78 @@
+"""The cost model that a user named, for a captured step."""
+
+from __future__ import annotations
+
+import torch
+
+from fxckpt.capture.joint import JointGraph
+from fxckpt.errors import BudgetError
+from fxckpt.options import Options
+from fxckpt.profile import measure
+from fxckpt.profile.build import CostModel, OpCost, working_nodes
+from fxckpt.profile.estimate import DEVICES, DeviceProfile, estimate_us
+
+
+def cost_model(options: Options, joint: JointGraph) -> CostModel:
+    """What the ops of a step cost; workspaces are measured wherever ops may be run.
+
+    Raises:
+        BudgetError: ops are to be run but can't be, or there is no device of the name given.
+        CostCacheError: the file of measured costs is damaged, or can't be read or written.
+    """
+    name, runs = cost_model_name(options, joint.device), _may_run(options, joint.device)
+    if name == "measure" and not runs:
+        raise BudgetError(
+            'cost_model="measure" runs the ops, but the model is on the meta device: use cost_model="estimate"'
+        )
+    if options.cost_cache is not None and not runs:
+        raise BudgetError(
+            "cost_cache keeps what was measured, but here no op is run: "
+            'use cost_model="measure" on a real device, or leave it out'
+        )
+    estimate = estimated(DEVICES["reference"] if name == "reference" else device_profile(joint.device, options.device))
+    if not runs:
+        return estimate
+    nodes = working_nodes(joint)
+    measure.measure_private(nodes)
+    with measure.cost_file(options.cost_cache, nodes):
+        measure.measure_workspaces(nodes)
+        if name != "measure":
+            return measure.with_workspaces(estimate)
+        measure.measure_times(nodes, estimate)
+        return measure.measured
+
+
+def cost_model_name(options: Options, device: torch.device) -> str:
+    """The name of the cost model that is used on a device, where the user left the choice too."""
+    if options.cost_model != "auto":
+        return options.cost_model
+    return "measure" if _may_run(options, device) else "estimate"
+
+
+def _may_run(options: Options, device: torch.device) -> bool:
+    return options.run_ops and device.type != "meta"
+
+
+def estimated(device: DeviceProfile) -> CostModel:
+    """The cost model that runs nothing."""
+    return lambda node: OpCost(estimate_us(node, device))
+
+
+def device_profile(device: torch.device, wanted: str | DeviceProfile | None) -> DeviceProfile:
+    """The profile that a user named, else that of the model's device; an A100's for a model on the meta device.
+
+    Raises:
+        BudgetError: there is no profile of this name.
+    """
+    if isinstance(wanted, DeviceProfile):
+        return wanted
+    if wanted is not None:
+        if wanted not in DEVICES:
+            raise BudgetError(
+                f"there is no device {wanted!r}; choose one of {', '.join(DEVICES)}, or give a DeviceProfile"
+            )
+        return DEVICES[wanted]
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((profile for key, profile in DEVICES.items() if key in name), DEVICES["A100"])
+    return DEVICES["A100" if device.type == "meta" else "cpu"]

@@ -1,0 +1,63 @@
+"""How ops reach their kernels: below autograd, without modes, or seen by modes; and what backward's engine tells."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+__all__ = [
+    "TorchDispatchMode",
+    "backward_keeps_graph",
+    "describes_op",
+    "is_traced",
+    "plain_execution",
+    "really_computed",
+    "when_backward_ends",
+]
+
+_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+@contextlib.contextmanager
+def plain_execution() -> Iterator[None]:
+    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
+
+    Nor does autograd note which values are views of others: a view that is returned would change as its base does.
+    """
+    with (
+        torch._C._DisableAutocast(),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def really_computed() -> Iterator[None]:
+    """Nothing is traced, whatever modes are active: tensors hold numbers."""
+    with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
+        yield
+
+
+def is_traced() -> bool:
+    """Whether ops become nodes of a graph now; while torch only looks how outputs come from inputs they don't."""
+    return get_proxy_mode() is not None
+
+
+def describes_op() -> bool:
+    """Whether what runs is torch's own description of an op, which computes the form of its results."""
+    return bool(torch._C._meta_in_tls_dispatch_include())
+
+
+def backward_keeps_graph() -> bool:
+    """Within a backward: whether its graph is retained, so that it may run again."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def when_backward_ends(callback: Callable[[], None]) -> None:
+    """Within a backward: call something when it has ended."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)

@@ -1,0 +1,54 @@
+"""What torch tells of an operator: whether it is one, what it changes, returns and takes."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+
+__all__ = [
+    "ASSERT_ASYNC",
+    "ATTENTION_ON_CPU",
+    "ATTENTION_ON_CPU_BACKWARD",
+    "CHECK_ERRORS",
+    "UNSAFE_VIEW",
+    "HigherOrderOperator",
+    "OpOverload",
+    "argument_names",
+    "changes_arguments",
+    "is_operator",
+    "returns_nothing",
+]
+
+aten = torch.ops.aten
+
+ASSERT_ASYNC: OpOverload = aten._assert_async.default
+"""Raises an error if a value is false."""
+CHECK_ERRORS: OpOverload = aten._linalg_check_errors.default
+"""Raises an error if a matrix could not be decomposed."""
+UNSAFE_VIEW: OpOverload = aten._unsafe_view.default
+"""A view that autograd does not know as one."""
+ATTENTION_ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_ON_CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
+"""The fused kernels of attention on CPU."""
+
+
+def is_operator(target: Any) -> TypeGuard[OpOverload]:
+    """Whether what a node calls is an operator of torch's dispatcher, in one of its overloads."""
+    return isinstance(target, OpOverload)
+
+
+def changes_arguments(op: OpOverload) -> bool:
+    """Whether the operator changes what it is given."""
+    return bool(op._schema.is_mutable)
+
+
+def returns_nothing(op: OpOverload) -> bool:
+    """Whether the operator has no results: it looks at its arguments, or acts on them."""
+    return not op._schema.returns
+
+
+def argument_names(op: OpOverload) -> tuple[str, ...]:
+    """Names of the operator's arguments, in order."""
+    return tuple(argument.name for argument in op._schema.arguments)

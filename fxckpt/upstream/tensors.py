@@ -1,0 +1,44 @@
+"""What a tensor is made of: the memory behind it, its version, flags, and copies that keep all of these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+def storage_key(value: Any) -> int | None:
+    """A number that is the same for tensors, traced or real, which share memory; None for other values."""
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often the tensor, or another in the same memory, was changed in place."""
+    return tensor._version
+
+
+def is_view(tensor: torch.Tensor) -> bool:
+    """Whether autograd knows the tensor as a view of another."""
+    return tensor._base is not None
+
+
+def copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies with the layout of the originals, which share memory where the originals do."""
+    storages: dict[int | None, torch.UntypedStorage] = {}
+    made: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        key = storage_key(tensor)
+        if key not in storages:
+            storages[key] = tensor.untyped_storage().clone()
+        if id(tensor) not in made:
+            form = tensor.storage_offset(), tensor.size(), tensor.stride()
+            twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storages[key], *form)
+            made[id(tensor)] = _flagged_as(tensor, twin).requires_grad_(tensor.requires_grad)
+    return [made[id(tensor)] for tensor in tensors]
+
+
+def _flagged_as(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
+    """The twin, lazily conjugated or negated if the tensor is."""
+    twin = twin.conj() if tensor.is_conj() else twin
+    return torch._neg_view(twin) if tensor.is_neg() else twin
