@@ -6,9 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, each in a thread of its own
+
+# How long an example takes depends on who else runs here. A failure prints the line that repeats it.
+hypothesis.settings.register_profile("tests", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("tests")
 
 _GOLDEN = Path(__file__).parent / "golden"
 

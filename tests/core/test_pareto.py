@@ -24,7 +24,7 @@ def found() -> Pareto:
     return curve(chain(LAYERS, last_bytes=10), effort="fast", cost_model="hand")
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(graph=training_steps())
 def test_a_curve_goes_from_the_solvers_floor_to_the_plain_step(graph: Graph) -> None:
     found = curve(graph, effort="fast")

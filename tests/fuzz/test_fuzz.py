@@ -31,7 +31,6 @@ def _nothing_to_collect_in_what_is_imported() -> Iterator[None]:
 @settings(
     max_examples=EXAMPLES,
     derandomize=True,
-    deadline=None,
     database=None,
     phases=[Phase.generate, Phase.shrink],
     suppress_health_check=list(HealthCheck),
@@ -407,7 +406,7 @@ def test_a_failure_says_how_to_see_it_again() -> None:
     assert eval(source, dict(names)) == trial
 
 
-@settings(derandomize=True, deadline=None, database=None)
+@settings(derandomize=True, database=None)
 @given(graphs())
 def test_repeats_at_random_are_a_valid_schedule(graph: Graph) -> None:
     assume(graph.ops)

@@ -55,7 +55,7 @@ def is_valid(graph: Graph, schedule: Schedule) -> bool:
     return True
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(graphs(most_forward=2, most_backward=2), st.floats(0.2, 1))
 def test_exhaustive_is_what_brute_force_finds(graph: Graph, ratio: float) -> None:
     plain_bytes = simulate(graph, plain(graph)).peak_bytes
@@ -70,7 +70,7 @@ def test_exhaustive_is_what_brute_force_finds(graph: Graph, ratio: float) -> Non
         assert expected is None or timeline.step_us <= expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(graphs(most_forward=4, most_backward=4), st.floats(0.2, 1))
 def test_polish_stays_behind_exhaustive(graph: Graph, ratio: float) -> None:
     plain_bytes = simulate(graph, plain(graph)).peak_bytes
@@ -82,7 +82,7 @@ def test_polish_stays_behind_exhaustive(graph: Graph, ratio: float) -> None:
         assert optimum.step_us <= polished.step_us
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(graphs(most_forward=4, most_backward=4), st.floats(0.2, 1))
 def test_milp_is_never_better_than_exhaustive_and_always_fits(graph: Graph, ratio: float) -> None:
     plain_bytes = simulate(graph, plain(graph)).peak_bytes
@@ -109,7 +109,7 @@ def test_milp_finds_the_optimum_of_chains(sizes_bytes: tuple[int, ...], allocate
         assert found.peak_bytes <= max(budget_bytes, lowest_bytes)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.one_of(graphs(most_forward=4, most_backward=4), training_steps(most_layers=3)), st.floats(0, 1))
 def test_a_lower_bound_is_never_above_the_optimum(graph: Graph, ratio: float) -> None:
     assume(len(graph.ops) <= 8 and graph.forward_count < len(graph.ops))
@@ -157,7 +157,7 @@ def compare_with_the_optimum(steps: st.SearchStrategy[Graph], examples: int) -> 
     gaps = Gaps()
 
     @seed(2013)
-    @settings(max_examples=examples, deadline=None, database=None)
+    @settings(max_examples=examples, database=None)
     @given(steps, st.floats(0, 1))
     def compare(graph: Graph, ratio: float) -> None:
         gaps.add(graph, ratio)

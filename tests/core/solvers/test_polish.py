@@ -73,7 +73,7 @@ def random_edit(tape: Tape, rng: Random) -> None:
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=graphs_with_schedules(), ratio=st.floats(0, 1.1))
 def test_polish_fits_and_is_never_slower(
     effort: Literal["fast", "default"], case: tuple[Graph, Schedule], ratio: float
@@ -90,7 +90,7 @@ def test_polish_fits_and_is_never_slower(
 
 
 @given(graphs_with_schedules())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_the_same_call_gives_the_same_schedule(case: tuple[Graph, Schedule]) -> None:
     graph, schedule = case
     budget_bytes = simulate(graph, schedule).peak_bytes

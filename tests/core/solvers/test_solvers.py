@@ -46,7 +46,7 @@ def feasible(graph: Graph, budget_bytes: int, solver: str) -> float | None:
 
 
 @pytest.mark.parametrize("solver", UNNAMED)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(graph=steps, ratio=st.floats(0, 1))
 def test_what_a_solver_returns_is_valid_and_keeps_its_word(solver: str, graph: Graph, ratio: float) -> None:
     budget_bytes = int(ratio * simulate(graph, plain(graph)).peak_bytes)
@@ -63,7 +63,7 @@ def test_what_a_solver_returns_is_valid_and_keeps_its_word(solver: str, graph: G
 
 
 @pytest.mark.parametrize("solver", SEARCHING)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(graph=training_steps())
 def test_a_larger_budget_is_never_slower(solver: str, graph: Graph) -> None:
     times = [feasible(graph, budget_bytes, solver) for budget_bytes in budgets(graph)]
@@ -71,7 +71,7 @@ def test_a_larger_budget_is_never_slower(solver: str, graph: Graph) -> None:
         assert tight is None or (loose is not None and loose <= tight + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(training_steps(most_layers=4), st.floats(0.3, 1))
 def test_dp_is_never_better_than_the_optimum_nor_needs_more_than_it_can(graph: Graph, ratio: float) -> None:
     peak_bytes = simulate(graph, plain(graph)).peak_bytes
@@ -175,7 +175,7 @@ def test_deep_chains_are_recomputed_within_recomputation() -> None:
     assert max(lowest.schedule.repeats().values()) > 1
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(training_steps())
 def test_the_frontier_goes_from_the_floor_to_the_plain_step(graph: Graph) -> None:
     timelines = [simulate(graph, schedule) for schedule in frontier(graph, effort="fast")]
