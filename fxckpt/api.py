@@ -5,23 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO, TypeVar, Unpack, cast
+from typing import Any, TextIO, TypeVar, Unpack, cast
 
 import torch
 from torch import fx, nn
 
+from fxckpt.calls import read_call
 from fxckpt.capture.watch import watch
-from fxckpt.cli.arguments import split_result
 from fxckpt.core.advice import Advice
 from fxckpt.core.batch import MaxBatch, largest_batch
 from fxckpt.core.graph import Graph
-from fxckpt.core.pareto import Pareto, curve
+from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
 from fxckpt.core.report.table import plan_text
 from fxckpt.errors import BudgetError, CaptureError, FxckptError
-from fxckpt.module.planner import plain_model, planner_of, stand_in
-from fxckpt.options import Budget, Options, PlanOptions, free_bytes, read_options
-from fxckpt.pipeline import Compiled, make_plan, profile_step
+from fxckpt.module.stand_in import plain_model, planner_of, stand_in
+from fxckpt.options import Budget, OptimizeOptions, Options, PlanOptions, read_options
+from fxckpt.pipeline import Compiled, free_bytes, make_plan, profile_step
 from fxckpt.profile.build import Profile
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.steps.comparison import Comparison, compare
@@ -29,7 +29,6 @@ from fxckpt.steps.step import Measurement, TrainingStep, measure_step
 from fxckpt.units import within
 
 Model = TypeVar("Model", bound=nn.Module)
-Gradients = Literal["auto", "fresh", "allocated"]
 
 
 def optimize(
@@ -40,7 +39,7 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     verify: bool = False,
-    **options: Unpack[PlanOptions],
+    **options: Unpack[OptimizeOptions],
 ) -> Model:
     """The same model, training within a memory budget with the same gradients.
 
@@ -55,7 +54,7 @@ def optimize(
         verify: run each planned step and the plain one once, on copies of the model, and compare what they leave bit by
             bit. Takes the memory of the plain step.
         **options: how to plan: `solver`, `effort`, `solver_options`, `cost_model`, `cost_cache`, `device`, `optimizer`,
-            `reserve`; see `PlanOptions`.
+            `reserve`; see `Options`.
 
     Returns:
         A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the
@@ -88,20 +87,19 @@ def plan(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    gradients: Gradients = "auto",
     **options: Unpack[PlanOptions],
 ) -> Plan:
     """Plan a training step without running or allocating anything; the model may be on the meta device.
 
-    Arguments are those of `optimize`; `gradients` says whether `.grad` is None before the step ("fresh"), holds tensors
-    ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if ops may be run:
-    with cost_model="measure", or by `optimize`.
+    Arguments are those of `optimize`, and `gradients`, which says whether `.grad` is None before the step ("fresh"),
+    holds tensors ("allocated"), or is as the model has it now ("auto"). What kernels allocate inside is known only if
+    ops may be run: with cost_model="measure", or by `optimize`.
 
     Raises:
         BudgetError, CaptureError, InfeasibleBudgetError, SolverError: as `optimize`.
     """
-    request = _plan_only(memory_budget, options)
-    return make_plan(_profile(model, example_inputs, example_kwargs, request, gradients), request)
+    request = read_options(memory_budget, options, only_plans=True)
+    return make_plan(_profile(model, example_inputs, example_kwargs, request), request)
 
 
 def pareto(
@@ -109,7 +107,6 @@ def pareto(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    gradients: Gradients = "auto",
     **options: Unpack[PlanOptions],
 ) -> Pareto:
     """The whole curve of a training step, peak against time: from the lowest peak that is found to the plain step.
@@ -120,9 +117,9 @@ def pareto(
     Raises:
         BudgetError, CaptureError, SolverError: as `optimize`.
     """
-    request = _plan_only(1.0, options)
-    graph = _profile(model, example_inputs, example_kwargs, request, gradients).graph
-    return curve(graph, request.solver, cost_model=request.cost_model, **request.solver_options)
+    request = read_options(1.0, options, only_plans=True)
+    graph = _profile(model, example_inputs, example_kwargs, request).graph
+    return Pareto.of(graph, request.solver, cost_model=request.cost_model, **request.solver_arguments)
 
 
 def advise(
@@ -131,7 +128,6 @@ def advise(
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    gradients: Gradients = "auto",
     **options: Unpack[PlanOptions],
 ) -> Advice:
     """Is checkpointing worth it here? What fills the memory, what saving it costs in time, and what else would help.
@@ -142,9 +138,9 @@ def advise(
     Raises:
         BudgetError, CaptureError, SolverError: as `optimize`.
     """
-    found = pareto(model, example_inputs=example_inputs, example_kwargs=example_kwargs, gradients=gradients, **options)
+    found = pareto(model, example_inputs=example_inputs, example_kwargs=example_kwargs, **options)
     optimizer = options.get("optimizer")
-    optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer)
+    optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer, model.parameters())
     return Advice(
         found, optimizer_bytes, None if memory_budget is None else within(memory_budget, found.baseline.peak_bytes)
     )
@@ -157,7 +153,6 @@ def max_batch(
     max_overhead: float | None = None,
     least: int = 1,
     most: int = 2**20,
-    gradients: Gradients = "auto",
     progress: bool = True,
     **options: Unpack[PlanOptions],
 ) -> MaxBatch:
@@ -170,7 +165,6 @@ def max_batch(
         max_overhead: the most time that recomputing may add to the plain step of the same batch: 0.2 means 20 %. By
             default the batch is the largest at any price, which can be high.
         least, most: bounds on the batch size.
-        gradients: as for `plan`.
         progress: whether to show on stderr how far it is.
         **options: as for `plan`.
 
@@ -187,17 +181,17 @@ def max_batch(
             'the largest batch is sought for a size such as "8GB" or a number of bytes, from `least` (1 or more) to '
             f"`most`, not for {memory_budget!r} from {least!r} to {most!r}"
         )
-    request = _plan_only(memory_budget, options)
+    request = read_options(memory_budget, options, only_plans=True)
 
     def graph_of(batch_size: int) -> Graph:
-        model, args, kwargs = split_result(model_fn(batch_size), f"model_fn({batch_size})")
-        return _profile(model, args, kwargs, request, gradients).graph
+        call = read_call(model_fn(batch_size), f"model_fn({batch_size})")
+        return _profile(call.model, call.args, call.kwargs, request).graph
 
     return largest_batch(
         graph_of,
         within(memory_budget, 0),
         request.solver,
-        request.solver_options,
+        request.solver_arguments,
         least=least,
         most=most,
         cost_model=request.cost_model,
@@ -264,8 +258,7 @@ def graphs(model: nn.Module) -> Graphs:
         FxckptError: the module is not an optimized one, or nothing is planned yet.
     """
     compiled = _compiled(model)
-    emitted = compiled.program.emitted
-    return Graphs(compiled.profile.joint.module, emitted.forward, emitted.backward, compiled.plan)
+    return Graphs(compiled.profile.joint.module, *compiled.program.executable.modules, compiled.plan)
 
 
 def _compiled(model: nn.Module) -> Compiled:
@@ -312,25 +305,17 @@ def benchmark(
     return compare(TrainingStep(plain_model(model), args, kwargs), TrainingStep(optimized, args, kwargs), runs=runs)
 
 
-def _plan_only(budget: Budget, options: PlanOptions) -> Options:
-    """What was asked for, where ops are run only on demand."""
-    if options.get("cost_model", "auto") == "auto":
-        options = {**options, "cost_model": "estimate"}
-    return read_options(budget, options, run_ops=options["cost_model"] == "measure")
-
-
 def _profile(
     model: nn.Module,
     example_inputs: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     options: Options,
-    gradients: Gradients,
 ) -> Profile:
     """Capture the plain model's step."""
     plain = plain_model(_module(model))
-    if gradients not in ("auto", "fresh", "allocated"):
-        raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {gradients!r}')
-    allocated = watch(plain).gradients_allocated() if gradients == "auto" else gradients == "allocated"
+    allocated = options.gradients == "allocated"
+    if options.gradients == "auto":
+        allocated = watch(plain).gradients_allocated()
     try:
         with torch.enable_grad():
             return profile_step(

@@ -10,22 +10,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxckpt.capture.joint import JointGraph, capture
+from fxckpt.capture.joint import capture
 from fxckpt.core.decisions import decisions
 from fxckpt.core.graph import Graph
 from fxckpt.core.plans import Plan
-from fxckpt.core.schedule import Schedule, plain
-from fxckpt.core.simulate import simulate
+from fxckpt.core.schedule import plain
+from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.core.solvers import solve
 from fxckpt.errors import BudgetError, OverBudgetWarning, PlanMismatchError
-from fxckpt.options import Options, budget_in_bytes
-from fxckpt.profile import measure
-from fxckpt.profile.build import CostModel, OpCost, Profile, build, working_nodes
-from fxckpt.profile.estimate import DEVICES, DeviceProfile, estimate_us
-from fxckpt.rewrite.split import emit
+from fxckpt.options import Budget, Options
+from fxckpt.profile.build import Profile, build
+from fxckpt.profile.costs import cost_model, name_on
+from fxckpt.profile.optimizer_state import optimizer_state_bytes
+from fxckpt.rewrite.backends import python
+from fxckpt.rewrite.bridge import bridge
 from fxckpt.rewrite.verify import verify
 from fxckpt.runtime.autograd import Program
-from fxckpt.units import format_bytes
+from fxckpt.units import format_bytes, within
 
 
 @dataclass(frozen=True)
@@ -53,62 +54,19 @@ def profile_step(
         CaptureError: the model can't be captured as one graph.
     """
     joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
-    profile = build(joint, cost_model(options, joint))
-    graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=options.reserve_bytes)
+    costs = cost_model(
+        joint,
+        options.cost_model,
+        device=options.device,
+        cost_cache=options.cost_cache,
+        run_ops=options.run_ops,
+    )
+    profile = build(joint, costs)
+    reserved_bytes = options.reserve_bytes
+    if options.optimizer is not None:
+        reserved_bytes += optimizer_state_bytes(options.optimizer, model.parameters())
+    graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=reserved_bytes)
     return replace(profile, graph=graph)
-
-
-def cost_model(options: Options, joint: JointGraph) -> CostModel:
-    """The cost model that a user named; workspaces are measured wherever ops may be run."""
-    device = joint.device
-    name = options.cost_model
-    on_device = options.run_ops and device.type != "meta"
-    if name == "auto":
-        name = "measure" if on_device else "estimate"
-    if name == "measure" and not on_device:
-        raise BudgetError(
-            'cost_model="measure" runs the ops, but the model is on the meta device: use cost_model="estimate"'
-        )
-    if options.cost_cache is not None and not on_device:
-        raise BudgetError(
-            "cost_cache keeps what was measured, but here no op is run: "
-            'use cost_model="measure" on a real device, or leave it out'
-        )
-    estimate = estimated(DEVICES["reference"] if name == "reference" else _device_profile(device, options.device))
-    if not on_device:
-        return estimate
-    nodes = working_nodes(joint)
-    measure.measure_private(nodes)
-    with measure.cost_file(options.cost_cache, nodes):
-        measure.measure_workspaces(nodes)
-        if name != "measure":
-            return measure.with_workspaces(estimate)
-        measure.measure_times(nodes, estimate)
-        return measure.measured
-
-
-def estimated(device: DeviceProfile) -> CostModel:
-    """The cost model that runs nothing."""
-    return lambda node: OpCost(estimate_us(node, device))
-
-
-def _device_profile(device: torch.device, wanted: str | DeviceProfile | None) -> DeviceProfile:
-    """The profile that a user named, else that of the model's device;
-
-    A model on the meta device is planned for an A100.
-    """
-    if isinstance(wanted, DeviceProfile):
-        return wanted
-    if wanted is not None:
-        if wanted not in DEVICES:
-            raise BudgetError(
-                f"there is no device {wanted!r}; choose one of {', '.join(DEVICES)}, or give a DeviceProfile"
-            )
-        return DEVICES[wanted]
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((profile for key, profile in DEVICES.items() if key in name), DEVICES["A100"])
-    return DEVICES["A100" if device.type == "meta" else "cpu"]
 
 
 def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) -> Plan:
@@ -119,9 +77,9 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
         InfeasibleBudgetError: the budget is below what the solver reaches.
         BudgetError: the budget makes no sense.
     """
-    graph = profile.graph
-    peak_bytes = simulate(graph, plain(graph)).peak_bytes
-    budget_bytes = budget_in_bytes(options.budget, peak_bytes, profile.joint.device)
+    graph, device = profile.graph, profile.joint.device
+    baseline = simulate(graph, plain(graph))
+    budget_bytes = budget_in_bytes(options.budget, baseline.peak_bytes, device)
     if options.plan is not None:
         return _made_elsewhere(options.plan, graph, budget_bytes)
     for plan in similar:
@@ -129,13 +87,49 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
             reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
             if reused.predicted.peak_bytes <= budget_bytes:
                 return reused
-    solution = solve(graph, budget_bytes, options.solver, **options.solver_options)
-    return Plan(graph, solution.schedule, solution.solver, _cost_name(options, profile), budget_bytes)
+    solution = solve(graph, budget_bytes, options.solver, **options.solver_arguments)
+    return Plan.of(
+        solution.timeline,
+        solver=solution.solver,
+        cost_model=name_on(device, options.cost_model, run_ops=options.run_ops),
+        budget_bytes=budget_bytes,
+        baseline=baseline,
+    )
+
+
+def budget_in_bytes(budget: Budget, peak_bytes: int, device: torch.device) -> int:
+    """The bound on the peak that a user's budget means where the plain model's peak is `peak_bytes` [B].
+
+    Raises:
+        BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of
+            its own.
+    """
+    return free_bytes(device) if budget is None else within(budget, peak_bytes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a CUDA device has for this process: what is free, and what torch holds already [B].
+
+    Raises:
+        BudgetError: the device is not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise BudgetError(
+            f"memory_budget=None means the free memory of the CUDA device, but the model is on {device.type}: give a "
+            'size such as memory_budget="8GB", or a fraction of the plain peak such as 0.5'
+        )
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device)
 
 
 def _made_elsewhere(plan: Plan, graph: Graph, budget_bytes: int) -> Plan:
     """The plan with what is known here of its graph."""
-    _check_same_graph(plan, graph)
+    if plan.fingerprint != graph.fingerprint:
+        raise PlanMismatchError(
+            f"the plan is for graph {plan.fingerprint} ({len(plan.graph.ops)} ops), but this model and these inputs "
+            f"give graph {graph.fingerprint} ({len(graph.ops)} ops). Plan again for this model, these input shapes and "
+            "this torch"
+        )
     plan = replace(plan, graph=graph)
     peak_bytes = plan.predicted.peak_bytes
     if peak_bytes > budget_bytes:
@@ -149,35 +143,31 @@ def _made_elsewhere(plan: Plan, graph: Graph, budget_bytes: int) -> Plan:
     return plan
 
 
-def _cost_name(options: Options, profile: Profile) -> str:
-    if options.cost_model != "auto":
-        return options.cost_model
-    return "measure" if options.run_ops and profile.joint.device.type != "meta" else "estimate"
+def make_program(profile: Profile, timeline: Timeline, hooked: frozenset[int] = frozenset()) -> Program:
+    """Emit the graphs of a simulated schedule, and check that what runs is that schedule; `hooked` as for `emit`."""
+    executable = python.executable(profile, timeline, hooked)
+    verify(profile, timeline, executable)
+    return Program(profile.joint.roles, executable)
 
 
-def _check_same_graph(plan: Plan, graph: Graph) -> None:
-    if plan.fingerprint != graph.fingerprint:
-        raise PlanMismatchError(
-            f"the plan is for graph {plan.fingerprint} ({len(plan.graph.ops)} ops), but this model and these inputs "
-            f"give "
-            f"graph {graph.fingerprint} ({len(graph.ops)} ops). Plan again for this model, these input shapes and "
-            f"this torch"
-        )
+def make_bridge(ran: Program, other: Profile) -> Program:
+    """A backward from the outputs of another capture of a step, behind the forward that `ran` runs; see `bridge`.
 
-
-def make_program(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> Program:
-    """Emit the graphs of a schedule, and check that they execute it; `hooked` as for `emit`."""
-    emitted = emit(profile, schedule, hooked)
-    verify(profile, schedule, emitted)
-    return Program(profile.joint.roles, emitted)
+    Raises:
+        InvalidScheduleError: something that it needs was not kept, and can't be made again.
+        RuntimeContractError: the two captures don't have the same forward.
+    """
+    emitted = bridge(ran.emitted, other)
+    return Program(other.joint.roles, python.continuing(ran.executable, emitted, other))
 
 
 def annotate(profile: Profile, plan: Plan) -> None:
     """Write what the plan decides for each op of the captured graph to its `node.meta["fxckpt"]`."""
-    decided = decisions(plan)
+    decided = decisions(plan.timeline, plan.baseline_timeline)
     repeats = plan.schedule.repeats()
-    for index, (node, op) in enumerate(zip(profile.nodes, plan.graph.ops, strict=True)):
-        node.meta["fxckpt"] = {
-            "runs": 1 + repeats.get(index, 0),
-            "decisions": {plan.graph.storages[s].name: decided[s] for s in op.writes if s in decided},
-        }
+    for index, (part, op) in enumerate(zip(profile.parts, plan.graph.ops, strict=True)):
+        for node in part:
+            node.meta["fxckpt"] = {
+                "runs": 1 + repeats.get(index, 0),
+                "decisions": {plan.graph.storages[s].name: decided[s] for s in op.writes if s in decided},
+            }

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
 import sys
+from collections.abc import Collection
 from typing import Any
 
+from fxckpt.calls import Call, read_call
 from fxckpt.errors import BudgetError, FxckptError
-
-INPUTS = "a tuple of arguments, a dict of keyword arguments, or a pair (arguments, keyword arguments)"
+from fxckpt.options import flags
 
 
 def read_budget(text: str) -> str | float:
@@ -49,7 +51,23 @@ def read_option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def load_model(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def add_options(command: argparse.ArgumentParser, *, without: Collection[str] = ()) -> None:
+    """The options of `fxckpt.options.Options`, each as an argument; `None` where it is not given."""
+    for name, flag in flags().items():
+        if name in without:
+            continue
+        more: dict[str, Any] = {"action": "append"} if flag.repeated else {"choices": flag.choices or None}
+        text = f"--{flag.name or name.replace('_', '-')}"
+        command.add_argument(text, dest=name, metavar=flag.metavar, help=flag.help, **more)
+
+
+def given_options(arguments: argparse.Namespace) -> Any:
+    """Of the options those that were given, as keyword arguments of `optimize` or `plan`."""
+    given = {name: value for name in flags() if (value := getattr(arguments, name, None)) is not None}
+    return {name: dict(map(read_option, v)) if flags()[name].repeated else v for name, v in given.items()}
+
+
+def load_model(text: str) -> Call:
     """Call MODULE:FUNCTION; the model, positional and keyword inputs.
 
     Raises:
@@ -72,22 +90,4 @@ def load_model(text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise FxckptError(f"module {module_name!r} has no function {function_name!r}")
-    return split_result(function(), text)
-
-
-def split_result(result: Any, text: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Model, positional and keyword arguments from the (model, inputs) that the function `text` returned.
-
-    Raises:
-        FxckptError: it is something else, or the inputs are none of what `INPUTS` says.
-    """
-    if not isinstance(result, tuple) or len(result) != 2:
-        raise FxckptError(f"{text} must return (model, inputs), but it returned {type(result).__name__}")
-    model, inputs = result
-    if isinstance(inputs, dict):
-        return model, (), inputs
-    if isinstance(inputs, tuple):
-        if len(inputs) == 2 and isinstance(inputs[0], tuple) and isinstance(inputs[1], dict):
-            return model, inputs[0], inputs[1]
-        return model, inputs, {}
-    raise FxckptError(f"{text} must return (model, inputs), where inputs is {INPUTS}; it is {type(inputs).__name__}")
+    return read_call(function(), text)

@@ -12,17 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from fxckpt import __version__
-from fxckpt.cli.arguments import INPUTS, load_model, read_budget, read_option
+from fxckpt.calls import INPUTS
+from fxckpt.cli.arguments import add_options, given_options, load_model, read_budget
 from fxckpt.core.plans import Plan
 from fxckpt.core.report.plot import save_timeline
 from fxckpt.core.report.table import plan_text
 from fxckpt.errors import FxckptError, PlanFormatError
-
-if TYPE_CHECKING:
-    from fxckpt.options import PlanOptions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,18 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="plan a model of yours and print the plan")
     _add_model(plan)
-    plan.add_argument(
-        "--gradients",
-        default="auto",
-        choices=("auto", "fresh", "allocated"),
-        help="whether .grad is empty or filled before the step (default: %(default)s)",
-    )
+    add_options(plan)
     plan.add_argument("--output", type=Path, metavar="PLAN.JSON", help="write the plan to this file")
     _add_outputs(plan)
     plan.set_defaults(command=_plan)
 
     bench = commands.add_parser("bench", help="optimize a model of yours and run it against the plain one")
     _add_model(bench)
+    add_options(bench, without=("gradients",))
     bench.add_argument("--runs", type=int, default=15, metavar="N", help="steps to time (default: %(default)s)")
     bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
     bench.set_defaults(command=_bench)
@@ -93,7 +86,7 @@ def _add_outputs(command: argparse.ArgumentParser) -> None:
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    """The arguments that say what to plan, and how."""
+    """The arguments that say what to plan, and in how much memory."""
     command.add_argument(
         "function",
         metavar="MODULE:FUNCTION",
@@ -102,27 +95,6 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--memory-budget", required=True, metavar="SIZE", help='such as 2GB or 500MiB; 40%% or "0.4": of the plain peak'
     )
-    command.add_argument("--solver", default="auto", help="name of a solver (default: %(default)s)")
-    command.add_argument("--effort", help="how long to search: fast, default or max")
-    command.add_argument(
-        "--solver-option",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="a further option of the solver, such as k=3 for uniform; may be given several times",
-    )
-    command.add_argument("--cost-model", default="auto", help="where times come from (default: %(default)s)")
-    command.add_argument("--cost-cache", type=Path, metavar="FILE", help="keep measured costs in this JSON file")
-
-
-def _plan_options(options: argparse.Namespace) -> PlanOptions:
-    return {
-        "solver": options.solver,
-        "effort": options.effort,
-        "solver_options": dict(map(read_option, options.solver_option)),
-        "cost_model": options.cost_model,
-        "cost_cache": options.cost_cache,
-    }
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -136,14 +108,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     budget = read_budget(options.memory_budget)
     model, args, kwargs = load_model(options.function)
-    found = api.plan(
-        model,
-        budget,
-        example_inputs=args,
-        example_kwargs=kwargs,
-        gradients=options.gradients,
-        **_plan_options(options),
-    )
+    found = api.plan(model, budget, example_inputs=args, example_kwargs=kwargs, **given_options(options))
     print(plan_text(found, all=options.all), end="")
     if options.output is not None:
         _write(options.output, found.to_json())
@@ -157,7 +122,7 @@ def _bench(options: argparse.Namespace) -> int:
 
     budget = read_budget(options.memory_budget)
     model, args, kwargs = load_model(options.function)
-    optimized = api.optimize(model, budget, **_plan_options(options))
+    optimized = api.optimize(model, budget, **given_options(options))
     found = api.benchmark(model, optimized, example_inputs=args, example_kwargs=kwargs, runs=options.runs)
     print(found.to_json() if options.json else found)
     return 0 if found.same_bits else 1

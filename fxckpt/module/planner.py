@@ -1,128 +1,46 @@
-"""The module that stands in for the user's model: the same object in another class, with planned forward and backward.
-
-The stand-in shares the model's whole `__dict__`, so parameters, buffers, submodules, flags and attributes are the same
-in both, whichever of the two is changed. What fxckpt needs beside that lives in a slot, outside the dictionary.
-"""
+"""Plans and runs a model's training step: the forward of a stand-in."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxckpt.capture.constants import only_value
 from fxckpt.capture.structure import Structure, put_together, take_apart
-from fxckpt.capture.watch import Signature, watch
-from fxckpt.errors import InvalidScheduleError, PlanBypassedWarning, RuntimeContractError
+from fxckpt.core.plans import Plan
+from fxckpt.errors import PlanBypassedWarning, RuntimeContractError
+from fxckpt.module.entries import Entries, Entry, Key
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
-from fxckpt.upstream.ambient import Ambient
 from fxckpt.upstream.ops.expect import UnexpectedValue
-
-_SLOT = "_fxckpt"
-
-
-def stand_in(model: nn.Module, options: Options) -> nn.Module:
-    """A module that stands in for `model` and is planned by `options`, at its first call or by `prepare`."""
-    plain = plain_model(model)
-    plain_class: Any = type(plain)
-    kind = _stand_in_class(plain_class)
-    module = object.__new__(kind)
-    object.__setattr__(module, "__dict__", plain.__dict__)
-    object.__setattr__(module, _SLOT, Planner(plain, options))
-    return module
-
-
-def planner_of(model: nn.Module) -> Planner | None:
-    """The planner behind a stand-in, or None for other modules."""
-    return getattr(model, _SLOT, None) if isinstance(model, _StandIn) else None
-
-
-def plain_model(model: nn.Module) -> nn.Module:
-    """The user's own model behind a stand-in; other modules are returned as they are."""
-    planner = planner_of(model)
-    return model if planner is None else planner.plain
-
-
-class _StandIn:
-    """What a stand-in does differently from the model's class."""
-
-    _fxckpt: Planner
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
-        planner = self._fxckpt
-        return stand_in(copy.deepcopy(planner.plain, memo), planner.options)
-
-    def __reduce_ex__(self, _: Any) -> tuple[Any, ...]:
-        return stand_in, (self._fxckpt.plain, self._fxckpt.options)
-
-
-class _Forward:
-    """`forward` of a stand-in: planned on the module, the model's own on the class (whose signature people inspect).
-
-    Whoever sets it on the module, as accelerate does to add autocast, wraps the planned one.
-    """
-
-    def __init__(self, plain_forward: Callable[..., Any]) -> None:
-        self._plain_forward = plain_forward
-
-    def __get__(self, module: Any, _: Any = None) -> Callable[..., Any]:
-        return self._plain_forward if module is None else module._fxckpt.forward
-
-    def __set__(self, module: Any, forward: Callable[..., Any]) -> None:
-        module._fxckpt.forward = forward
-
-    def __delete__(self, module: Any) -> None:
-        module._fxckpt.forward = module._fxckpt.planned_forward()
-
-
-@functools.cache
-def _stand_in_class(kind: Any) -> type[nn.Module]:
-    body = {
-        "__slots__": (_SLOT,),
-        "__module__": kind.__module__,
-        "__qualname__": kind.__qualname__,
-        "__doc__": kind.__doc__,
-        "forward": _Forward(kind.forward),
-    }
-    return type(kind.__name__, (_StandIn, kind), body)
-
-
-@dataclass
-class _Entry:
-    """All that is known for one input signature: what to run now, and captures and backwards from other outputs."""
-
-    signature: Signature
-    ambient: Ambient
-    expected: Compiled
-    gradients_allocated: bool
-    captured: dict[Tangents, Compiled]
-    bridges: dict[tuple[int, Tangents], Program] = field(default_factory=dict)
 
 
 class Planner:
-    """Plans and runs a model's training step, one plan for each input signature."""
+    """Plans and runs a model's training step, one plan for each input signature.
+
+    Attributes:
+        plain: the user's model.
+        options: what was asked for.
+        forward: what a stand-in's forward is: `planned_forward`, or what somebody has set in its place.
+        latest: what was planned last.
+    """
 
     def __init__(self, plain: nn.Module, options: Options) -> None:
         self.plain, self.options = plain, options
         self.latest: Compiled | None = None
         self.forward = self.planned_forward()
-        self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
-        self._asked: dict[Signature, tuple[int, ...]] = {}  # arguments whose values the model asks for
+        self._entries = Entries(plain)
         self._lock = threading.Lock()
-        self._watch = watch(plain)
 
     def planned_forward(self) -> Callable[..., Any]:
         """`call`, with the signature of the model's own forward."""
@@ -139,7 +57,7 @@ class Planner:
         if entry is None:
             return self.plain.forward(*args, **kwargs)
         compiled = entry.expected
-        given = self._watch.given(compiled.profile.joint.roles.inputs, tensors)
+        given = self._entries.watch.given(compiled.profile.joint.roles.inputs, tensors)
         other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
         try:
             results = run_forward(compiled.program, given, other_backward)
@@ -167,45 +85,30 @@ class Planner:
 
     def compiled(self) -> list[Compiled]:
         """What was planned so far, a plan for each input signature."""
-        return [entry.expected for entry in self._entries.values() if entry is not None]
+        return [entry.expected for entry in self._entries]
 
     def _entry(
         self, tensors: list[torch.Tensor], structure: Structure, args: Sequence[Any], kwargs: dict[str, Any]
-    ) -> _Entry | None:
-        if self._watch.changed():
-            self._watch, self._entries, self._asked = watch(self.plain), {}, {}
-        form, allocated = self._watch.signature(tensors, structure), self._watch.gradients_allocated()
+    ) -> Entry | None:
+        self._entries.refresh()
         with contextlib.suppress(KeyError):
-            return self._entries[self._with_values(form, tensors), allocated]
+            return self._entries[self._entries.key(tensors, structure)]
         with self._lock:
-            signature = self._with_values(form, tensors)
-            if (signature, allocated) not in self._entries:
-                entry = self._make_entry((signature, allocated), tensors, args, kwargs)
-                if entry is not None:
-                    asked = entry.expected.profile.joint.asked
-                    self._asked[form] = tuple(sorted(asked.union(self._asked.get(form, ()))))
-                    entry.signature = signature = self._with_values(form, tensors)
-                self._entries[signature, allocated] = entry
-            return self._entries[signature, allocated]
-
-    def _with_values(self, form: Signature, tensors: list[torch.Tensor]) -> Signature:
-        """A call's signature, given that of its form: with the values of arguments that the model asks for."""
-        return form, tuple([only_value(tensors[number]) for number in self._asked.get(form, ())])
+            key = self._entries.key(tensors, structure)
+            if key not in self._entries:
+                self._entries.add(key, self._make_entry(key, tensors, args, kwargs), tensors)
+            return self._entries[self._entries.key(tensors, structure)]
 
     def _make_entry(
-        self,
-        key: tuple[Signature, bool],
-        tensors: list[torch.Tensor],
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-    ) -> _Entry | None:
+        self, key: Key, tensors: list[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Entry | None:
         """Capture and plan; None where there is nothing to differentiate."""
-        self._watch.check()
+        self._entries.watch.check()
         if not any(t.requires_grad for t in (*tensors, *self.plain.parameters())):
             return None
         signature, allocated = key
-        twin = self._entries.get((signature, not allocated))
-        if twin is not None:  # the same step, its gradients accounted for in the other way
+        twin = self._entries.twin(key)
+        if twin is not None:
             profile = twin.expected.profile
             profile = replace(profile, graph=profile.graph.with_gradients(allocated))
         else:
@@ -214,13 +117,12 @@ class Planner:
             )
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
-        compiled = self._compile(profile, self.options)
-        entry = _Entry(signature, Ambient.now(), compiled, allocated, {compiled.program.tangents: compiled})
+        entry = Entry(signature, allocated, self._compile(profile, self.options))
         if self.options.verify:
             self._verify(entry, args, kwargs)
         return entry
 
-    def _verify(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _verify(self, entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Compare a step with the plain model's; what is planned meanwhile for other outputs is forgotten."""
         trial = replace(entry, captured=dict(entry.captured), bridges={})
         other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
@@ -229,48 +131,29 @@ class Planner:
         self.latest = entry.expected
 
     def _compile(self, profile: Profile, options: Options) -> Compiled:
-        similar = [entry.expected.plan for entry in self._entries.values() if entry is not None]
-        plan = make_plan(profile, options, similar)
-        inputs = profile.joint.roles.inputs
-        hooked = self._watch.hooked_parameters()
-        program = make_program(
-            profile,
-            plan.schedule,
-            frozenset(n for n, i in enumerate(inputs) if i.gradient is not None and i.path in hooked),
-        )
+        plan: Plan = make_plan(profile, options, [compiled.plan for compiled in self.compiled()])
+        hooked = self._entries.watch.hooked_parameters()
+        inputs = enumerate(profile.joint.roles.inputs)
+        waiting = frozenset(n for n, i in inputs if i.gradient is not None and i.path in hooked)
+        program = make_program(profile, plan.timeline, waiting)
         annotate(profile, plan)
         self.latest = Compiled(profile, plan, program)
         return self.latest
 
     def _backward_for(
-        self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
     ) -> Program:
-        """A backward from other outputs, continuing from the forward that ran; the next forward is planned for them."""
+        """A backward from other outputs than the forward that ran was planned for."""
         with self._lock:
             return self._other_backward(entry, ran, args, kwargs, present)
 
     def _other_backward(
-        self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
     ) -> Program:
-        if present not in entry.captured:
-            entry.captured[present] = self._recapture(entry, ran, args, kwargs, present)
-        other = entry.expected = entry.captured[present]
-        if other is ran:
-            return ran.program
-        key = (id(ran), present)
-        if key not in entry.bridges:
-            try:
-                emitted = bridge(ran.program.emitted, other.profile)
-            except InvalidScheduleError as error:
-                raise RuntimeContractError(
-                    f"backward started from other outputs than expected, and this forward can't serve it: {error}. "
-                    "Run forward again: it is planned for them now"
-                ) from error
-            entry.bridges[key] = Program(other.profile.joint.roles, emitted)
-        return entry.bridges[key]
+        return entry.continued(ran, present, functools.partial(self._recapture, entry, ran, args, kwargs, present))
 
     def _recapture(
-        self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
     ) -> Compiled:
         """Capture and plan the step with backward starting from the tangents `present`."""
         options = self.options
@@ -279,11 +162,7 @@ class Planner:
         outputs = ran.profile.joint.roles.outputs
         numbered = {outputs[index].tangent_number: stride for index, stride in present}
         with entry.ambient.restored(), torch.enable_grad():
-            tensors, structure = take_apart((tuple(args), kwargs))
-            if (
-                self._watch.changed()
-                or self._with_values(self._watch.signature(tensors, structure), tensors) != entry.signature
-            ):
+            if not self._entries.serves(entry, *take_apart((tuple(args), kwargs))):
                 raise RuntimeContractError(
                     "backward started from other outputs than expected, and the model was changed since forward (its "
                     "mode, what requires grad, hooks, types). Run forward again, or change the model after backward"

@@ -34,12 +34,25 @@ CostModel = Callable[[fx.Node], OpCost]
 
 @dataclass(frozen=True)
 class Profile:
-    """A captured step, its `Graph`, and how the two correspond: `nodes[i]` is the fx node of `graph.ops[i]`."""
+    """A captured step, its `Graph`, and how the two correspond.
+
+    Attributes:
+        joint: the captured step.
+        map: its storages; `graph.storages` begins with them.
+        parts: `parts[i]` are the fx nodes that `graph.ops[i]` stands for, in order: one as a rule, several where they
+            run as one, none where the op is an alternative that the captured graph does not have.
+        graph: what solvers see.
+    """
 
     joint: JointGraph
     map: StorageMap
-    nodes: tuple[fx.Node, ...]
+    parts: tuple[tuple[fx.Node, ...], ...]
     graph: Graph
+
+    @property
+    def nodes(self) -> tuple[fx.Node, ...]:
+        """All nodes that do work, in the order of their ops."""
+        return tuple(node for part in self.parts for node in part)
 
 
 def build(joint: JointGraph, cost: CostModel) -> Profile:
@@ -61,7 +74,7 @@ def build(joint: JointGraph, cost: CostModel) -> Profile:
         allocated_gradient_bytes=sum(_size_bytes(g) for g in gradients),
     )
     graph.check()
-    return Profile(joint, map_, tuple(nodes), graph)
+    return Profile(joint, map_, tuple((node,) for node in nodes), graph)
 
 
 def working_nodes(joint: JointGraph, map_: StorageMap | None = None) -> list[fx.Node]:

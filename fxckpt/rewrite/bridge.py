@@ -1,9 +1,8 @@
 """A backward for other outputs than a forward was planned for.
 
 Backward turned out to start from other outputs than expected (an output that is rarely used, or one loss of several).
-The
-forward has run, and its saved values are what there is: this backward remakes whatever else it needs from them and from
-the inputs, each value once. Peak memory is not planned for; the next forward is.
+The forward has run, and its saved values are what there is: this backward remakes whatever else it needs from them and
+from the inputs, each value once. Peak memory is not planned for; the next forward is.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from fxckpt.core.graph import RESIDENT
 from fxckpt.core.schedule import Schedule
 from fxckpt.errors import RuntimeContractError
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.backends.codegen import compile_boxed
-from fxckpt.rewrite.split import Emitted
+from fxckpt.rewrite.emitted import Emitted
 from fxckpt.rewrite.writer import Writer
 
 
@@ -53,8 +51,7 @@ def bridge(ran: Emitted, second: Profile) -> Emitted:
     for stage in ran.stages:
         writer.deliver(stage.inputs)
     given = writer.order_inputs(placeholders)
-    backward = compile_boxed(writer.graph, second.joint.module, "Backward")
-    return replace(ran, backward=backward, given=given, tangents=writer.tangents)
+    return replace(ran, backward=writer.graph, given=given, tangents=writer.tangents)
 
 
 def _counterpart(node: fx.Node, nodes: dict[str, fx.Node]) -> fx.Node | None:
@@ -93,9 +90,10 @@ def _schedule(profile: Profile, saved: frozenset[fx.Node]) -> Schedule:
                 written.update(graph.ops[op].writes)
                 continue
             pending.append((op, True))
-            lacking = [n for n in profile.nodes[op].all_input_nodes if n in profile.map.behind and not is_there(n)]
+            inputs = dict.fromkeys(n for node in profile.parts[op] for n in node.all_input_nodes)
+            lacking = [n for n in inputs if n in profile.map.behind and not is_there(n)]
             producers = dict.fromkeys(graph.producer[profile.map.behind[node]] for node in lacking)
-            pending += [(producer, False) for producer in producers]
+            pending += [(producer, False) for producer in producers if producer != op]
 
     for index in range(graph.forward_count, len(graph.ops)):
         run(index)

@@ -5,50 +5,14 @@ Gradients leave the backward graph in stages, as they are produced.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-from torch import fx
+from dataclasses import replace
 
 from fxckpt.core import schedule as schedules
 from fxckpt.core.schedule import Schedule
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.backends.codegen import compile_boxed
+from fxckpt.rewrite.emitted import Emitted, Stage
 from fxckpt.rewrite.writer import Writer
 from fxckpt.upstream.ops.expect import EXPECT
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Gradients that leave together: after step `step`, those of the inputs `inputs` (indices into the roles)."""
-
-    step: int
-    inputs: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Emitted:
-    """The two programs of a plan.
-
-    Attributes:
-        forward: takes all inputs of the step; returns updates, then outputs, then what is saved.
-        backward: takes what is saved, then the inputs named by `given`, then the tangents of `tangents`; yields
-            gradients stage by stage.
-        saved: the forward graph's nodes whose values are saved.
-        given: indices of the inputs that backward reads.
-        tangents: indices of the outputs whose tangents backward takes.
-        stages: what is yielded when.
-        read_outputs: indices of the outputs that backward reads, so that the caller must not change them in place.
-        checks_values: whether forward may end with `UnexpectedValue`.
-    """
-
-    forward: fx.GraphModule
-    backward: fx.GraphModule
-    saved: tuple[fx.Node, ...]
-    given: tuple[int, ...]
-    tangents: tuple[int, ...]
-    stages: tuple[Stage, ...]
-    read_outputs: tuple[int, ...]
-    checks_values: bool
 
 
 def stages_of(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> tuple[Stage, ...]:
@@ -94,11 +58,7 @@ def _delayed(stages: list[Stage], index: int, after: int) -> list[Stage]:
 
 
 def emit(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozenset()) -> Emitted:
-    """Emit the forward and backward graphs of a schedule; `hooked` are inputs that hooks may change during backward.
-
-    Each emitted node's meta says what it is: `fxckpt_step` (the step of the schedule; on ops only) and `fxckpt_node`
-    (the captured node whose value it is).
-    """
+    """Emit the forward and backward graphs of a schedule; `hooked` are inputs that hooks may change during backward."""
     schedules.check(profile.graph, schedule)
     stages = stages_of(profile, schedule, hooked)
     first = Writer(profile, schedule, None)
@@ -119,8 +79,8 @@ def emit(profile: Profile, schedule: Schedule, hooked: frozenset[int] = frozense
     first.finish(results, second.saved)
     given_indices = second.order_inputs([second.inputs[node] for node in second.saved])
     return Emitted(
-        forward=compile_boxed(first.graph, profile.joint.module, "Forward"),
-        backward=compile_boxed(second.graph, profile.joint.module, "Backward"),
+        forward=first.graph,
+        backward=second.graph,
         saved=tuple(second.saved),
         given=given_indices,
         tangents=second.tangents,

@@ -14,44 +14,45 @@ from typing import Any
 from torch import fx
 
 from fxckpt.core.graph import RESIDENT, Graph
-from fxckpt.core.schedule import Schedule
-from fxckpt.core.simulate import simulate
+from fxckpt.core.simulate import Timeline
 from fxckpt.errors import VerificationError
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.backends.codegen import deliver
-from fxckpt.rewrite.backends.in_place import plain_call
-from fxckpt.rewrite.split import Emitted
+from fxckpt.rewrite.backends import Executable
+from fxckpt.rewrite.backends.python.in_place import plain_call
+from fxckpt.rewrite.emitted import Emitted, deliver
 from fxckpt.upstream import pytree
 from fxckpt.upstream.ops.rng import run_with_rng_state
 
 
-def verify(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
-    """Check that emitted graphs execute exactly a schedule.
+def verify(profile: Profile, timeline: Timeline, executable: Executable) -> None:
+    """Check that the graphs which an executable runs are exactly a simulated schedule.
 
     Raises:
-        VerificationError: they don't; the message names the first node that differs. This is a defect of fxckpt.
+        VerificationError: they are not; the message names the first node that differs. This is a defect of fxckpt.
     """
-    _check_order(profile, schedule, emitted)
+    emitted = executable.emitted
+    _check_order(profile, timeline, emitted)
     _check_arguments(profile, emitted)
-    _check_lifetimes(profile, schedule, emitted)
+    _check_lifetimes(profile, timeline, emitted)
 
 
 def _nodes(emitted: Emitted) -> list[fx.Node]:
-    return list(chain(emitted.forward.graph.nodes, emitted.backward.graph.nodes))
+    return list(chain(emitted.forward.nodes, emitted.backward.nodes))
 
 
-def _check_order(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
+def _check_order(profile: Profile, timeline: Timeline, emitted: Emitted) -> None:
+    schedule = timeline.schedule
     for graph, steps in (
-        (emitted.forward.graph, range(schedule.forward_steps)),
-        (emitted.backward.graph, range(schedule.forward_steps, len(schedule))),
+        (emitted.forward, range(schedule.forward_steps)),
+        (emitted.backward, range(schedule.forward_steps, len(schedule))),
     ):
         found = [node for node in graph.nodes if "fxckpt_step" in node.meta]
-        if [node.meta["fxckpt_step"] for node in found] != list(steps):
+        expected = [(step, node) for step in steps for node in profile.parts[schedule.order[step]]]
+        if [node.meta["fxckpt_step"] for node in found] != [step for step, _ in expected]:
             raise VerificationError("the emitted ops are not the steps of the schedule, in their order")
-        for node in found:
-            expected = profile.nodes[schedule.order[node.meta["fxckpt_step"]]]
-            if node.meta["fxckpt_node"] is not expected:
-                raise VerificationError(f"{node.name} is emitted where {expected.name} belongs")
+        for have, (_, want) in zip(found, expected, strict=True):
+            if have.meta["fxckpt_node"] is not want:
+                raise VerificationError(f"{have.name} is emitted where {want.name} belongs")
 
 
 def _check_arguments(profile: Profile, emitted: Emitted) -> None:
@@ -108,7 +109,7 @@ def _call(node: fx.Node) -> tuple[Any, Any, Any, Any]:
 
 
 def _backward_inputs(emitted: Emitted) -> list[fx.Node]:
-    return [node for node in emitted.backward.graph.nodes if node.op == "placeholder"]
+    return [node for node in emitted.backward.nodes if node.op == "placeholder"]
 
 
 @dataclass
@@ -120,9 +121,9 @@ class _Copy:
     dies: int
 
 
-def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> None:
+def _check_lifetimes(profile: Profile, timeline: Timeline, emitted: Emitted) -> None:
     """Liveness as the generated code has it (a variable dies at its last mention), against the simulation's."""
-    graph, split = profile.graph, schedule.forward_steps
+    graph, split = profile.graph, timeline.schedule.forward_steps
     copies: list[_Copy] = []
     holder: dict[fx.Node, _Copy] = {}
     overwritten: list[tuple[fx.Node, _Copy | None, int]] = []
@@ -157,7 +158,7 @@ def _check_lifetimes(profile: Profile, schedule: Schedule, emitted: Emitted) -> 
             elif graph.storages[profile.map.behind[captured]].kind not in RESIDENT:
                 holder[node] = _Copy(profile.map.behind[captured], step, step)
                 copies.append(holder[node])
-    _compare(profile, schedule, copies)
+    _compare(timeline, copies)
     _check_overwritten(graph, split, overwritten)
 
 
@@ -185,19 +186,18 @@ def _same_copy(profile: Profile, source: fx.Node, node: fx.Node, holder: dict[fx
     return holder[source].storage == profile.map.behind[node.meta["fxckpt_node"]]
 
 
-def _compare(profile: Profile, schedule: Schedule, copies: list[_Copy]) -> None:
+def _compare(timeline: Timeline, copies: list[_Copy]) -> None:
     """Storages that are handed out live on; all others must die in the code where the simulation lets them die."""
-    graph = profile.graph
+    graph = timeline.graph
     handed_out = {*graph.outputs, *graph.updates, *graph.gradients}
     found = {(c.storage, c.born): c.dies for c in copies if c.storage not in handed_out}
-    for life in simulate(graph, schedule).lifetimes:
+    for life in timeline.lifetimes:
         key = (life.storage, life.born)
         if life.storage in handed_out or life.storage in graph.replayed or life.dies == life.born:
             continue
         if found.get(key) != life.dies:
             name = graph.storages[life.storage].name
             raise VerificationError(
-                f"{name}, written in step {life.born}, dies in step {found.get(key)} of the emitted code, but the "
-                f"plan says "
-                f"step {life.dies}"
+                f"{name}, written in step {life.born}, dies in step {found.get(key)} of the emitted code, but the plan "
+                f"says step {life.dies}"
             )

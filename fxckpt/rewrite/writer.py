@@ -1,12 +1,14 @@
 """Write the nodes of a forward or backward graph, step by step of a schedule.
 
-Every step of the schedule becomes one node; views are made just before their first reader and again where needed after
-that. Values that backward needs become outputs of the forward graph and inputs of the backward graph.
+A step of the schedule becomes the nodes that its op stands for; views are made just before their first reader, and
+again where needed after that. Values that backward needs become outputs of the forward graph and inputs of the backward
+graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -16,8 +18,7 @@ from fxckpt.capture.nodes import is_random, is_selection
 from fxckpt.core.schedule import Schedule
 from fxckpt.errors import InvalidScheduleError
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.backends.codegen import deliver
-from fxckpt.rewrite.backends.in_place import overwritten, write_over
+from fxckpt.rewrite.emitted import deliver
 from fxckpt.upstream import pytree
 from fxckpt.upstream.ops.rng import rng_state, run_with_rng_state
 
@@ -30,10 +31,7 @@ class Writer:
     def __init__(
         self, profile: Profile, schedule: Schedule, before: Writer | None, *, executed: Iterable[int] = ()
     ) -> None:
-        """`before` has written the forward graph;
-
-        The ops in `executed` have run elsewhere, so that they are repeated here.
-        """
+        """`before` has written the forward graph; ops in `executed` have run elsewhere, so they are repeated here."""
         self.graph = fx.Graph()
         self.saved: list[fx.Node] = []  # nodes of the forward graph whose values are read here
         self.inputs: dict[fx.Node, fx.Node] = {}  # node of the forward graph, or captured input -> placeholder
@@ -48,9 +46,6 @@ class Writer:
         self._executed: set[int] = before._executed if before else set(executed)
         self._replayed: dict[int, fx.Node] = {}  # replay storage -> emitted node in this graph
         self._repeated = schedule.repeats()
-        self._overwritten: dict[int, fx.Node] = before._overwritten if before else {}
-        if not self._executed and before is None:  # else the schedule is a part of a step
-            self._overwritten = overwritten(profile, schedule)
 
     # values
 
@@ -111,37 +106,43 @@ class Writer:
     # steps
 
     def step(self, step: int) -> None:
-        """Emit one step of the schedule."""
+        """Emit one step of the schedule.
+
+        Raises:
+            InvalidScheduleError: its op stands for no node of the captured graph.
+        """
         index = self._schedule.order[step]
-        node, op = self._profile.nodes[index], self._profile.graph.ops[index]
-        if index in self._executed:
-            emitted = self._repeat(node, op.replay, self._overwritten.get(step))
-        else:
-            if op.replay and index in self._repeated:
-                self._capture_replay(node, op.replay)
-            emitted = self._call(node, node.name, self._overwritten.get(step))
+        part, op = self._profile.parts[index], self._profile.graph.ops[index]
+        if not part:
+            raise InvalidScheduleError(f"step {step} runs {op.name}, which stands for no op of the captured graph")
+        again, replay = index in self._executed, iter(op.replay)
+        for node in part:
+            if again:
+                emitted = self._repeat(node, self._replay_of(node, replay))
+            else:
+                if op.replay and index in self._repeated:
+                    self._capture_replay(node, replay)
+                emitted = self._call(node, node.name)
+            for storage in self._profile.map.writes[node]:
+                self._forget(storage)
+            self._place_op(node, emitted, step, again=again)
         self._executed.add(index)
-        for storage in op.writes:
-            self._forget(storage)
+
+    def _place_op(self, node: fx.Node, emitted: fx.Node, step: int, *, again: bool) -> None:
+        """Make `emitted` what stands for an op's node; of several results, those that are read are picked at once."""
         self.place(node, emitted)
         emitted.meta["fxckpt_step"] = step
         picked = [user for user in node.users if is_selection(user)]
         for user in picked:
-            name = f"{user.name}_again" if emitted.name.startswith(f"{node.name}_again") else user.name
+            name = f"{user.name}_again" if again else user.name
             self.place(user, self.graph.create_node("call_function", user.target, (emitted, user.args[1]), name=name))
         if picked:
             del self._values[node]
 
-    def _call(
-        self, node: fx.Node, name: str, over: fx.Node | None, substitutes: dict[fx.Node, fx.Node] | None = None
-    ) -> fx.Node:
-        """Call what a captured node calls; the result is written over the value of `over`, if that is given."""
+    def _call(self, node: fx.Node, name: str, substitutes: dict[fx.Node, fx.Node] | None = None) -> fx.Node:
+        """Call what a captured node calls."""
         args, kwargs = self._arguments(node, substitutes)
-        target = node.target
-        if over is not None:
-            target, written = write_over(node, args, self.value(over))
-            kwargs = {**kwargs, **written}
-        return self.graph.create_node("call_function", target, args, kwargs, name=name)
+        return self.graph.create_node("call_function", node.target, args, kwargs, name=name)
 
     def _forget(self, storage: int) -> None:
         """A storage is written anew: values in the old copy are not what later readers mean."""
@@ -150,21 +151,23 @@ class Writer:
             if self._before is not None:
                 self._before._values.pop(node, None)
 
-    def _repeat(self, node: fx.Node, replay: tuple[int, ...], over: fx.Node | None) -> fx.Node:
+    def _repeat(self, node: fx.Node, replay: list[int]) -> fx.Node:
         name = f"{node.name}_again"
-        captured = {s: self._replay_value(s) for s in replay}
-        old = iter(captured.values())
-        state = next(old) if is_random(node) else None
-        changed = dict(zip(self._changed_inputs(node), old, strict=True))
+        old = iter([self._replay_value(storage) for storage in replay])
+        state = next(old) if is_random(node) and replay else None
+        changed = dict(zip(self._changed_inputs(node), old, strict=False))
         if state is None:
-            return self._call(node, name, over, changed or None)
+            return self._call(node, name, changed or None)
         args, kwargs = self._arguments(node, changed or None)
         arguments = (state, _device(node), node.target, *args)
         return self.graph.create_node("call_function", run_with_rng_state, arguments, kwargs, name=name)
 
-    def _capture_replay(self, node: fx.Node, replay: tuple[int, ...]) -> None:
+    def _replay_of(self, node: fx.Node, storages: Iterator[int]) -> list[int]:
+        """The next of an op's replay storages, as many as this node of it needs."""
+        return list(islice(storages, is_random(node) + len(self._changed_inputs(node))))
+
+    def _capture_replay(self, node: fx.Node, storages: Iterator[int]) -> None:
         """Before an op that will be repeated: note generator state and old values of buffers that the step changes."""
-        storages = iter(replay)
         if is_random(node):
             state = self.graph.call_function(rng_state, (_device(node),))
             self.keep_replay(next(storages), state)
@@ -232,10 +235,7 @@ class Writer:
                 self.place(output.tangent, self.graph.placeholder(output.tangent.name))
 
     def order_inputs(self, saved: list[fx.Node]) -> tuple[int, ...]:
-        """End the backward graph:
-
-        Saved values come first, then inputs, then tangents. Returns the indices of the inputs.
-        """
+        """End the backward graph: saved values come first, then inputs, then tangents. Returns the inputs' indices."""
         roles = self._profile.joint.roles
         self.graph.output(None)
         _drop_unused(self.graph)

@@ -1,9 +1,8 @@
 """Run emitted graphs under autograd.
 
 Forward is one `autograd.Function` without gradients of its own. Backward is a chain of small ones, a stage each, linked
-by an
-empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns the
-gradients that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage
+by an empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns
+the gradients that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage
 starts.
 """
 
@@ -22,7 +21,8 @@ from torch.autograd.function import FunctionCtx
 
 from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
-from fxckpt.rewrite.split import Emitted
+from fxckpt.rewrite.backends import Executable
+from fxckpt.rewrite.emitted import Emitted
 from fxckpt.upstream.aot import replayed_view
 from fxckpt.upstream.dispatch import backward_keeps_graph, plain_execution, when_backward_ends
 from fxckpt.upstream.hooks import gradient_hooks_of
@@ -37,10 +37,15 @@ Tangents = frozenset[tuple[int, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Program:
-    """A plan made runnable: emitted graphs, and the roles of what goes in and comes out."""
+    """A plan made runnable: what runs it, and the roles of what goes in and comes out."""
 
     roles: Roles
-    emitted: Emitted
+    executable: Executable
+
+    @cached_property
+    def emitted(self) -> Emitted:
+        """The graphs that are run."""
+        return self.executable.emitted
 
     @cached_property
     def tangents(self) -> Tangents:
@@ -121,7 +126,7 @@ class _Step:
         updated = self._program.updated()
         undone = _draws_undone(self._given) if emitted.checks_values else contextlib.nullcontext()
         with plain_execution(), undone:
-            values: tuple[torch.Tensor, ...] = emitted.forward.forward(list(self._given))
+            values: tuple[torch.Tensor, ...] = self._program.executable.forward(list(self._given))
         with torch.no_grad():
             for index, new in zip(updated, values, strict=False):
                 self._given[index].copy_(new)
@@ -148,7 +153,7 @@ class _Step:
         boxed += [self._given[i] for i in emitted.given]
         boxed += [t for i in emitted.tangents if (t := tangents[i]) is not None]
         tangents.clear()
-        self._running = emitted.backward.forward(boxed)
+        self._running = program.executable.backward(boxed)
 
     def _check_backward(self) -> None:
         if torch.is_grad_enabled():
@@ -171,15 +176,14 @@ class _Step:
             name = changed.path or f"number {changed.index}"
             raise RuntimeContractError(
                 f"{changed.kind.value} {name} was changed in place between forward and backward, which needs its old "
-                f"value"
+                "value"
             )
         for reference, version in self._watched:
             output = reference()
             if output is not None and version_of(output) != version:
                 raise RuntimeContractError(
                     "an output of the model was changed in place between forward and backward, which needs its old "
-                    "value. "
-                    "Clone it first"
+                    "value. Clone it first"
                 )
 
     def finish_stage(self, index: int, count: int) -> tuple[torch.Tensor | None, ...]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxckpt.pipeline import Compiled
-from fxckpt.rewrite.backends.codegen import deliver
+from fxckpt.rewrite.backends import Executable
+from fxckpt.rewrite.emitted import Emitted, deliver
 from fxckpt.runtime.autograd import Program
 from fxckpt.upstream import pytree
 from fxckpt.upstream.dispatch import TorchDispatchMode, plain_execution
@@ -35,7 +36,7 @@ def first_difference(
         optimized_step: runs the step of a program; both start from the same values and random-number state.
     """
     emitted = _Record()
-    optimized_step(_recorded(compiled.program, emitted))
+    optimized_step(replace(compiled.program, executable=_Recorded(compiled.program.executable, emitted.note)))
     captured = _Record()
     placeholders = [n for n in compiled.profile.joint.module.graph.nodes if n.op == "placeholder"]
     with torch.random.fork_rng(), plain_execution():
@@ -86,25 +87,31 @@ def _is_defined(node: fx.Node) -> bool:
     return not str(node.target).startswith(("aten.empty", "aten.new_empty"))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Recorded:
-    """Stands for an emitted graph: runs it node by node."""
+    """An `Executable` that runs the graphs of another node by node, and notes what each computes."""
 
-    module: fx.GraphModule
+    executable: Executable
     note: Callable[[fx.Node, Any], None]
-    is_forward: bool
 
-    def forward(self, boxed: list[Any]) -> Any:
-        steps = _run(self.module, list(boxed), self.note)
+    @property
+    def emitted(self) -> Emitted:
+        return self.executable.emitted
+
+    @property
+    def modules(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        return self.executable.modules
+
+    def forward(self, boxed: list[Any], /) -> Any:
+        return next(self._steps(self.modules[0], boxed))
+
+    def backward(self, boxed: list[Any], /) -> Iterator[Any]:
+        return self._steps(self.modules[1], boxed)
+
+    def _steps(self, module: fx.GraphModule, boxed: list[Any]) -> Iterator[Any]:
+        steps = _run(module, list(boxed), self.note)
         boxed.clear()
-        return next(steps) if self.is_forward else steps
-
-
-def _recorded(program: Program, record: _Record) -> Program:
-    forward = _Recorded(program.emitted.forward, record.note, True)
-    backward = _Recorded(program.emitted.backward, record.note, False)
-    emitted = replace(program.emitted, forward=cast(fx.GraphModule, forward), backward=cast(fx.GraphModule, backward))
-    return replace(program, emitted=emitted)
+        return steps
 
 
 def _run(module: fx.GraphModule, inputs: Iterable[Any], note: Callable[[fx.Node, Any], None]) -> Iterator[Any]:

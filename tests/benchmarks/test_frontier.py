@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.frontier_report import Point, Result, Rival, read, write
 from benchmarks.frontier_summary import BEGIN, END, details, found_in, overview, page, placed
-from fxckpt.core.plans import Figures
+from fxckpt.core.simulate import Figures
 from fxckpt.steps.comparison import Ratio
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from fxckpt import api
 from fxckpt.core.graph import Graph
 from fxckpt.core.plans import Plan
 from fxckpt.core.schedule import Schedule
-from fxckpt.core.solvers import ORACLES, SOLVERS, Solution, solve
+from fxckpt.core.solvers import SOLVERS, Solution, solve
 from fxckpt.errors import InfeasibleBudgetError
 from tests.support.captured import CapturedOnce
 
@@ -74,7 +74,7 @@ class Subject:
 def options_of(solver: str, graph: Graph, effort: str) -> dict[str, Any]:
     """Options to test a solver with: for "collection" every second module, for those that search how long to."""
     modules = list(dict.fromkeys(op.module for op in graph.ops[: graph.forward_count] if op.module))
-    known = inspect.signature(SOLVERS[solver]).parameters
+    known = inspect.signature(SOLVERS[solver].function).parameters
     return {name: value for name, value in {"keep": modules[::2], "effort": effort}.items() if name in known}
 
 
@@ -98,7 +98,7 @@ def plans(subject: Subject, solver: str, ratios: Iterable[float], effort: str) -
         assert solution.timeline.peak_bytes <= budget_bytes
         if solution.schedule not in seen:
             seen.add(solution.schedule)
-            yield Plan(graph, solution.schedule, solver, "reference", budget_bytes)
+            yield Plan.of(solution.timeline, solver=solver, cost_model="reference", budget_bytes=budget_bytes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -106,7 +106,7 @@ def subject_of(case: Case) -> Subject:
     return Subject(case)
 
 
-GENERAL = [name for name in SOLVERS if name not in ORACLES]
+GENERAL = [name for name, method in SOLVERS.items() if not method.exact]
 
 
 @pytest.mark.parametrize("solver", GENERAL)

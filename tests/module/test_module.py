@@ -688,7 +688,7 @@ def test_a_printed_plan_is_the_same_each_time() -> None:
         texts.append(file.getvalue())
     assert texts[0] == texts[1]
     assert "blocks." in texts[0]
-    assert "models.py:" in texts[0]
+    assert "cases.py:" in texts[0]
 
 
 # The emitted graphs

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fxckpt.rewrite.backends.codegen import DIRECT
+from fxckpt.rewrite.backends.python.codegen import DIRECT
 
 X, Y, V = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4)
 ARGUMENTS: dict[str, tuple[Any, ...]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,13 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxckpt.core.schedule import plain
+from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.errors import VerificationError
 from fxckpt.options import Options
 from fxckpt.pipeline import profile_step
 from fxckpt.profile.build import Profile
-from fxckpt.rewrite.backends.codegen import compile_boxed
-from fxckpt.rewrite.backends.in_place import OVERWRITING, overwritten
-from fxckpt.rewrite.split import Emitted, emit
+from fxckpt.rewrite.backends.python import executable
+from fxckpt.rewrite.backends.python.in_place import OVERWRITING, overwritten
+from fxckpt.rewrite.split import emit
 from fxckpt.rewrite.verify import verify
 
 aten = torch.ops.aten
@@ -40,12 +40,12 @@ def profile_of(model: nn.Module, *args: Any) -> Profile:
     return profile_step(model, args, {}, options, forward=model.forward, gradients_allocated=False)
 
 
-def targets(graph: fx.GraphModule) -> list[Any]:
-    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+def targets(graph: fx.Graph) -> list[Any]:
+    return [node.target for node in graph.nodes if node.op == "call_function"]
 
 
-def emitted_of(profile: Profile) -> Emitted:
-    return emit(profile, plain(profile.graph))
+def plain_timeline(profile: Profile) -> Timeline:
+    return simulate(profile.graph, plain(profile.graph))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
@@ -67,7 +67,8 @@ def test_the_same_bits_come_out(op: Any, dtype: torch.dtype) -> None:
 
 
 def test_dead_inputs_are_written_over_and_living_ones_are_not() -> None:
-    emitted = emitted_of(profile_of(Residual(), torch.randn(64, 16)))
+    profile = profile_of(Residual(), torch.randn(64, 16))
+    emitted = executable(profile, plain_timeline(profile)).emitted
     forward, backward = targets(emitted.forward), targets(emitted.backward)
     assert forward.count(aten.relu_.default) == 3
     assert forward.count(aten.add.out) == 0  # both ReLUs before the sum are read by backward
@@ -85,7 +86,7 @@ def test_no_output_input_or_tangent_is_written_over() -> None:
     profile = profile_of(Shown(), x, w)
     roles = profile.joint.roles
     tangents = {o.tangent for o in roles.outputs}
-    for source in overwritten(profile, plain(profile.graph)).values():
+    for source in overwritten(profile, plain_timeline(profile)).values():
         assert source.op != "placeholder"
         assert source not in tangents
         assert source not in {o.node for o in roles.outputs}
@@ -93,10 +94,16 @@ def test_no_output_input_or_tangent_is_written_over() -> None:
 
 def test_the_verifier_sees_a_value_overwritten_too_early() -> None:
     profile = profile_of(Residual(), torch.randn(64, 16))
-    schedule = plain(profile.graph)
-    emitted = emit(profile, schedule)
-    verify(profile, schedule, emitted)
-    (total,) = (n for n in emitted.forward.graph.nodes if n.target is aten.add.Tensor)
+    timeline = plain_timeline(profile)
+    step = executable(profile, timeline)
+    verify(profile, timeline, step)
+    (total,) = (n for n in step.emitted.forward.nodes if n.target is aten.add.Tensor)
     total.target, total.kwargs = aten.add.out, {"out": total.args[0]}  # backward reads it
     with pytest.raises(VerificationError, match="writes over relu"):
-        verify(profile, schedule, replace(emitted, forward=compile_boxed(emitted.forward.graph, emitted.forward, "F")))
+        verify(profile, timeline, step)
+
+
+def test_rewriting_itself_writes_over_nothing() -> None:
+    profile = profile_of(Residual(), torch.randn(64, 16))
+    emitted = emit(profile, plain(profile.graph))
+    assert not {*targets(emitted.forward), *targets(emitted.backward)} & {op for op, _ in OVERWRITING.values()}

@@ -18,7 +18,7 @@ from fxckpt import pipeline as compiling
 from fxckpt.capture import cleanup
 from fxckpt.capture import joint as capturing
 from fxckpt.errors import VerificationError
-from fxckpt.rewrite.split import Emitted
+from fxckpt.rewrite.backends import Executable
 
 aten = torch.ops.aten
 
@@ -139,8 +139,8 @@ def spoil(module: fx.GraphModule, target: Any, suffix: str = "") -> str:
 def test_a_wrong_op_of_an_emitted_graph_is_named(half: str, target: Any, suffix: str, solver: str) -> None:
     names = []
 
-    def verify_and_spoil(_: Any, __: Any, emitted: Emitted) -> None:
-        names.append(spoil(getattr(emitted, half), target, suffix))
+    def verify_and_spoil(_: Any, __: Any, executable: Executable) -> None:
+        names.append(spoil(executable.modules[half == "backward"], target, suffix))
 
     model, x = net()
     with (

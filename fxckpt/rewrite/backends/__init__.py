@@ -1,1 +1,37 @@
-"""How emitted graphs become something that runs."""
+"""Backends: from emitted graphs to something that runs.
+
+A backend is a module with two functions: `executable(profile, timeline, hooked)` emits a simulated schedule and makes
+it run; `continuing(ran, emitted, profile)` makes another backward for a forward that runs already (see `bridge`).
+Whatever a backend does to the graphs for speed, `verify` reads the graphs that it ends up with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import fx
+
+from fxckpt.rewrite.emitted import Emitted
+
+
+class Executable(Protocol):
+    """A planned step that runs. Inputs come in one list, which is emptied, so that each dies at its last use."""
+
+    @property
+    def emitted(self) -> Emitted:
+        """The graphs that it executes, as they are executed."""
+
+    @property
+    def modules(self) -> tuple[fx.GraphModule, fx.GraphModule]:
+        """Forward and backward, to be read: their `code` shows what runs."""
+
+    def forward(self, boxed: list[torch.Tensor], /) -> tuple[torch.Tensor, ...]:
+        """From all inputs of the step to updates, outputs and what is saved."""
+
+    def backward(self, boxed: list[torch.Tensor], /) -> Iterator[list[torch.Tensor | None]]:
+        """From what is saved, inputs and tangents to the gradients of each stage.
+
+        A list that is yielded is the caller's: who empties it before going on lets its gradients die.
+        """

@@ -13,9 +13,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.graph import CodeGen
+
+from fxckpt.rewrite.emitted import deliver
 
 DIRECT: dict[str, str] = {
     "add.Tensor": "torch.add",
@@ -50,16 +51,8 @@ that was traced may then need a copy, as `reshape` makes it.
 _OVERLOAD = re.compile(r"\btorch\.ops\.aten\.(\w+\.\w+)\(")
 
 
-def deliver(*gradients: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """Hand finished gradients over: in generated code the result is yielded at once."""
-    return list(gradients)
-
-
 class BoxedCodeGen(CodeGen):
-    """Generates `forward(self, boxed)` that takes all inputs in one list and empties it;
-
-    Yields what `deliver` returns.
-    """
+    """Generates `forward(self, boxed)`, which takes its inputs in a list, empties it, and yields what is delivered."""
 
     def __init__(self) -> None:
         super().__init__()

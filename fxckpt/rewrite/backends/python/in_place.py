@@ -12,9 +12,9 @@ import torch
 from torch import fx
 
 from fxckpt.core.graph import RESIDENT
-from fxckpt.core.schedule import Schedule
-from fxckpt.core.simulate import Lifetime, simulate
+from fxckpt.core.simulate import Lifetime, Timeline
 from fxckpt.profile.build import Profile
+from fxckpt.rewrite.emitted import Emitted
 from fxckpt.upstream.operators import OpOverload
 
 aten = torch.ops.aten
@@ -38,21 +38,36 @@ OVERWRITING: dict[OpOverload, tuple[OpOverload, str | None]] = {
 _PLAIN = {overwriting: (plain, argument) for plain, (overwriting, argument) in OVERWRITING.items()}
 
 
-def overwritten(profile: Profile, schedule: Schedule) -> dict[int, fx.Node]:
+def write_over_inputs(profile: Profile, timeline: Timeline, emitted: Emitted) -> None:
+    """Change emitted graphs: let each step that may write over an input do so."""
+    chosen = overwritten(profile, timeline)
+    for node in (*emitted.forward.nodes, *emitted.backward.nodes):
+        source = chosen.get(node.meta.get("fxckpt_step", -1))
+        if source is None:
+            continue
+        value = next(x for x in node.args if isinstance(x, fx.Node) and x.meta.get("fxckpt_node") is source)
+        node.target, written = _overwriting(node, value)
+        node.kwargs = {**node.kwargs, **written}
+
+
+def overwritten(profile: Profile, timeline: Timeline) -> dict[int, fx.Node]:
     """For each step that may write over an input: the captured node whose value it writes over.
 
     Such a value is read for the last time, fills its storage, has the result's form, and was allocated in the same
     half of the step: what forward saved must outlive a backward whose graph is retained. No other input of the op is a
     view of it, since that may have its elements in another order.
     """
-    graph, split = profile.graph, schedule.forward_steps
-    timeline = simulate(graph, schedule)
+    graph, schedule = profile.graph, timeline.schedule
+    split = schedule.forward_steps
     last = {(life.storage, life.dies): life for life in timeline.lifetimes}
     kept = {*graph.outputs, *graph.updates, *graph.gradients, *graph.replayed}
     found: dict[int, fx.Node] = {}
     for step, index in enumerate(schedule.order):
-        node = profile.nodes[index]
-        if node.target not in OVERWRITING or timeline.live_bytes[step] == timeline.peak_bytes:
+        part = profile.parts[index]
+        if len(part) != 1 or timeline.live_bytes[step] == timeline.peak_bytes:
+            continue
+        (node,) = part
+        if node.target not in OVERWRITING:
             continue
         for source in _candidates(node):
             storage = profile.map.behind.get(source)
@@ -85,11 +100,11 @@ def _form(value: torch.Tensor) -> tuple[Any, ...]:
     return value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg()
 
 
-def write_over(node: fx.Node, args: tuple[Any, ...], value: fx.Node) -> tuple[OpOverload, dict[str, fx.Node]]:
-    """What to call instead of a captured node so that it writes over `value`: the overload, and its last argument."""
+def _overwriting(node: fx.Node, value: fx.Node) -> tuple[OpOverload, dict[str, fx.Node]]:
+    """What to call instead of a node so that it writes over `value`: the overload, and its last argument."""
     target, argument = OVERWRITING[node.target]  # type: ignore[index]
     if argument is None:
-        assert args[0] is value
+        assert node.args[0] is value
         return target, {}
     return target, {argument: value}
 

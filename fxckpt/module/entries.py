@@ -1,0 +1,122 @@
+"""What is planned for a model so far: an entry for each input signature, found again at each call in microseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from fxckpt.capture.constants import only_value
+from fxckpt.capture.structure import Structure
+from fxckpt.capture.watch import Signature, Watch, watch
+from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.pipeline import Compiled, make_bridge
+from fxckpt.runtime.autograd import Program, Tangents
+from fxckpt.upstream.ambient import Ambient
+
+
+Values = tuple[int | None, ...]
+"""For each argument whose values a model asks for, the value that all its elements have, if they have one."""
+
+
+@dataclass
+class Entry:
+    """All that is known for one input signature: what to run now, and captures and backwards from other outputs.
+
+    Attributes:
+        signature: of the calls that it serves.
+        gradients_allocated: whether they find gradients to add to.
+        expected: what the next call runs.
+        ambient: the global state of the first call.
+        captured: what was planned, by the tangents that backward starts from.
+        bridges: backwards from other tangents than their forward was planned for.
+    """
+
+    signature: tuple[Signature, Values]
+    gradients_allocated: bool
+    expected: Compiled
+    ambient: Ambient = field(default_factory=Ambient.now)
+    captured: dict[Tangents, Compiled] = field(default_factory=dict)
+    bridges: dict[tuple[int, Tangents], Program] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.captured.setdefault(self.expected.program.tangents, self.expected)
+
+    def continued(self, ran: Compiled, present: Tangents, capture: Callable[[], Compiled]) -> Program:
+        """A backward from the tangents `present` behind the forward that ran; the next forward is planned for them.
+
+        Raises:
+            RuntimeContractError: what that forward kept can't serve it.
+        """
+        if present not in self.captured:
+            self.captured[present] = capture()
+        other = self.expected = self.captured[present]
+        if other is ran:
+            return ran.program
+        key = (id(ran), present)
+        if key not in self.bridges:
+            try:
+                self.bridges[key] = make_bridge(ran.program, other.profile)
+            except InvalidScheduleError as error:
+                raise RuntimeContractError(
+                    f"backward started from other outputs than expected, and this forward can't serve it: {error}. "
+                    "Run forward again: it is planned for them now"
+                ) from error
+        return self.bridges[key]
+
+
+Key = tuple[tuple[Signature, Values], bool]
+"""An input signature with the values that are asked for, and whether gradients are allocated."""
+
+
+class Entries:
+    """The entries of a model, None where there is nothing to plan. All are forgotten when parts of it are replaced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.watch: Watch = watch(model)
+        self._entries: dict[Key, Entry | None] = {}
+        self._asked: dict[Signature, tuple[int, ...]] = {}  # arguments whose values the model asks for
+
+    def __iter__(self) -> Iterator[Entry]:
+        return (entry for entry in self._entries.values() if entry is not None)
+
+    def __getitem__(self, key: Key) -> Entry | None:
+        return self._entries[key]
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._entries
+
+    def refresh(self) -> None:
+        """Begin anew if submodules, parameters or buffers of the model were added, removed or replaced."""
+        if self.watch.changed():
+            self.watch, self._entries, self._asked = watch(self._model), {}, {}
+
+    def key(self, tensors: list[torch.Tensor], structure: Structure) -> Key:
+        """Equal for calls which one entry serves."""
+        form = self.watch.signature(tensors, structure)
+        return (form, self._values(form, tensors)), self.watch.gradients_allocated()
+
+    def add(self, key: Key, entry: Entry | None, tensors: list[torch.Tensor]) -> None:
+        """An entry for the calls of a key; if its graph holds for values of arguments, these become part of the key."""
+        (form, _), allocated = key
+        if entry is not None:
+            asked = entry.expected.profile.joint.asked
+            self._asked[form] = tuple(sorted(asked.union(self._asked.get(form, ()))))
+            entry.signature = form, self._values(form, tensors)
+            key = entry.signature, allocated
+        self._entries[key] = entry
+
+    def twin(self, key: Key) -> Entry | None:
+        """The entry of the same step, its gradients accounted for in the other way."""
+        signature, allocated = key
+        return self._entries.get((signature, not allocated))
+
+    def serves(self, entry: Entry, tensors: list[torch.Tensor], structure: Structure) -> bool:
+        """Whether an entry would serve these arguments as the model is now, whatever gradients are allocated."""
+        return not self.watch.changed() and self.key(tensors, structure)[0] == entry.signature
+
+    def _values(self, form: Signature, tensors: list[torch.Tensor]) -> Values:
+        return tuple([only_value(tensors[number]) for number in self._asked.get(form, ())])

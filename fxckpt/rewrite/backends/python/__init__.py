@@ -1,0 +1,56 @@
+"""The backend that is always right: generated Python that calls op after op, bit for bit what eager torch computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxckpt.core.simulate import Timeline
+from fxckpt.profile.build import Profile
+from fxckpt.rewrite.backends import Executable
+from fxckpt.rewrite.backends.python.codegen import compile_boxed
+from fxckpt.rewrite.backends.python.in_place import write_over_inputs
+from fxckpt.rewrite.emitted import Emitted
+from fxckpt.rewrite.split import emit
+
+__all__ = ["PythonExecutable", "continuing", "executable"]
+
+
+@dataclass(frozen=True)
+class PythonExecutable:
+    """An `Executable` of two GraphModules with generated code."""
+
+    emitted: Emitted
+    modules: tuple[fx.GraphModule, fx.GraphModule]
+
+    def forward(self, boxed: list[torch.Tensor], /) -> Any:
+        """From all inputs of the step to updates, outputs and what is saved."""
+        return self.modules[0].forward(boxed)
+
+    def backward(self, boxed: list[torch.Tensor], /) -> Any:
+        """From what is saved, inputs and tangents to the gradients of each stage."""
+        return self.modules[1].forward(boxed)
+
+
+def executable(profile: Profile, timeline: Timeline, hooked: frozenset[int] = frozenset()) -> PythonExecutable:
+    """Emit a simulated schedule, let elementwise ops write over what nobody reads any more, and generate code.
+
+    Args:
+        profile: the captured step.
+        timeline: its simulated schedule.
+        hooked: inputs that hooks may change during backward.
+    """
+    emitted = emit(profile, timeline.schedule, hooked)
+    write_over_inputs(profile, timeline, emitted)
+    forward = compile_boxed(emitted.forward, profile.joint.module, "Forward")
+    backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
+    return PythonExecutable(emitted, (forward, backward))
+
+
+def continuing(ran: Executable, emitted: Emitted, profile: Profile) -> PythonExecutable:
+    """The backward of `emitted`, made from `profile`, behind the forward that `ran` runs."""
+    backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
+    return PythonExecutable(emitted, (ran.modules[0], backward))
