@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from fxckpt.core.plans import Figures
+from fxckpt.core.simulate import Figures
 from fxckpt.steps.comparison import Ratio
 
 

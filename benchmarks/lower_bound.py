@@ -51,7 +51,7 @@ def _hull(graph: Graph, moment: int, *, at_start: bool) -> Hull:
     in_use = set() if at_start else {*op.reads, *op.writes}
     there = in_use | _held(graph, moment) | {s for s in read_later if graph.storages[s].kind == "tangent"}
     there -= {s for s, info in enumerate(graph.storages) if info.kind in RESIDENT}
-    base_bytes = graph.static_bytes + sum(graph.storages[s].size_bytes for s in there)
+    base_bytes = graph.static_bytes + graph.bytes_of(there)
     base_bytes += 0 if at_start else op.workspace_bytes
     problem = KeepProblem(replace(graph, forward_count=moment + 1 - at_start), there)
     return [(base_bytes + kept_bytes, time_us) for kept_bytes, time_us in map(problem.cost, problem.hull(10**6))]

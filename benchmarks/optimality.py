@@ -37,7 +37,7 @@ from benchmarks.lower_bound import LowerBound
 from fxckpt.core.graph import Graph
 from fxckpt.core.schedule import plain
 from fxckpt.core.simulate import simulate
-from fxckpt.core.solvers import solve
+from fxckpt.core.solvers import SOLVERS, solve
 from fxckpt.errors import InfeasibleBudgetError
 
 FRACTIONS = (0.9, 0.7, 0.5, 0.4, 0.3, 0.2)
@@ -57,8 +57,7 @@ class Problem:
     @property
     def fixed_bytes(self) -> int:
         """Bytes that are not part of a fraction: what is there all the time, and outputs."""
-        graph = self.graph
-        return graph.static_bytes + sum(graph.storages[s].size_bytes for s in graph.outputs)
+        return self.graph.static_bytes + self.graph.bytes_of(self.graph.outputs)
 
     @property
     def span_bytes(self) -> int:
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("--gradients", nargs="+", choices=ACCOUNTINGS, help="default: as the reference")
     parser.add_argument("--output", type=Path, help="without suffix")
     arguments = parser.parse_args()
-    options = {"effort": arguments.effort} if arguments.solver in ("dp", "auto", "min_memory") else {}
+    options = {"effort": arguments.effort} if SOLVERS[arguments.solver].searches else {}
     results = []
     for name, accounting in tqdm(problems(arguments.graphs, arguments.gradients)):
         path = Path(name) if Path(name).exists() else GRAPHS / f"{name}.json"

@@ -24,7 +24,7 @@ def recompute_cheap_ops(graph: Graph, budget_bytes: int) -> Schedule:
         for index, op in enumerate(graph.ops[: graph.forward_count])
         if not op.pinned and not any(name in op.target for name in COSTLY)
     ]
-    candidates.sort(key=lambda index: -sum(graph.storages[s].size_bytes for s in graph.ops[index].writes))
+    candidates.sort(key=lambda index: -graph.bytes_of(graph.ops[index].writes))
     for index in candidates:
         if simulate(graph, Schedule(tuple(steps), graph.forward_count)).peak_bytes <= budget_bytes:
             break

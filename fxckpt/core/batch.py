@@ -9,11 +9,10 @@ from typing import Any
 from tqdm import tqdm
 
 from fxckpt.core.graph import Graph
-from fxckpt.core.pareto import curve
+from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
-from fxckpt.core.schedule import plain
-from fxckpt.core.simulate import Timeline, simulate
-from fxckpt.core.solvers import Solver, lowest, solve
+from fxckpt.core.simulate import Timeline
+from fxckpt.core.solvers import Solver, look_up, lowest, solve
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.units import format_bytes
 
@@ -142,8 +141,8 @@ def largest_batch(
             bar.update()
     assert best is not None
     solution = solve(best.graph, budget_bytes, solver, **options)
-    schedule = min(solution.timeline, best, key=lambda timeline: timeline.step_us).schedule
-    plan = Plan(best.graph, schedule, solution.solver, cost_model, budget_bytes)
+    fastest = min(solution.timeline, best, key=lambda timeline: timeline.step_us)
+    plan = Plan.of(fastest, solver=solution.solver, cost_model=cost_model, budget_bytes=budget_bytes)
     return MaxBatch(search.fits, plan, tuple(search.tries))
 
 
@@ -154,10 +153,11 @@ def _lowest_within(
 
     A quick curve tells that, and so what to try next. Where it doesn't fit, the fastest that fits may be fast enough.
     """
-    most_us = max_overhead * simulate(graph, plain(graph)).step_us
-    quick = {**options, "effort": "fast"} if solver in ("auto", "dp") else options
-    timelines = [simulate(graph, schedule) for schedule in curve(graph, solver, **quick).schedules]
-    best = min((t for t in timelines if t.recompute_us <= most_us), key=lambda t: t.peak_bytes)
+    _, method = look_up(solver)
+    quick = options if method.frontier is None else {**options, "effort": "fast"}
+    curve = Pareto.of(graph, solver, **quick)
+    most_us = max_overhead * curve.baseline.step_us
+    best = min((t for t in curve.timelines if t.recompute_us <= most_us), key=lambda t: t.peak_bytes)
     if best.peak_bytes <= budget_bytes:
         return best
     try:

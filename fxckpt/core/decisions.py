@@ -1,4 +1,4 @@
-"""What a plan does with each tensor that forward computes, and why.
+"""What a schedule does with each tensor that forward computes, and why.
 
 A schedule says only which ops stand twice. Here that is read back as decisions about storages, with a reason that the
 graph itself gives: the time to repeat set against the bytes that repeating frees.
@@ -6,13 +6,12 @@ graph itself gives: the time to repeat set against the bytes that repeating free
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from fxckpt.core.graph import RESIDENT, Graph
-from fxckpt.core.plans import Plan
+from fxckpt.core.simulate import Timeline
 from fxckpt.units import format_bytes, format_us
 
 Action = Literal["keep", "recompute", "discard"]
@@ -67,35 +66,42 @@ def reason(cause: Cause, repeat_us: float, freed_bytes: int, detail: str = "") -
     return _TEXTS[cause].format(time=format_us(repeat_us), bytes=format_bytes(freed_bytes), detail=detail)
 
 
-def decisions(plan: Plan) -> dict[int, Decision]:
-    """For each storage that a forward op writes (an index into `Graph.storages`), what the plan does with it."""
-    facts = _Facts(plan)
-    written = (s for op in plan.graph.ops[: plan.graph.forward_count] for s in op.writes)
+def decisions(timeline: Timeline, baseline: Timeline) -> dict[int, Decision]:
+    """For each storage that a forward op writes (an index into `Graph.storages`), what is done with it.
+
+    Args:
+        timeline: the simulated schedule.
+        baseline: the simulated plain step, which says what a byte is worth.
+    """
+    facts = _Facts(timeline, baseline)
+    graph = timeline.graph
+    written = (s for op in graph.ops[: graph.forward_count] for s in op.writes)
     return {storage: _decide(facts, storage) for storage in sorted(written)}
 
 
 @dataclass(frozen=True)
 class _Facts:
-    """What decisions are derived from, collected once a plan."""
+    """What decisions are derived from, collected once a schedule."""
 
-    plan: Plan
+    timeline: Timeline
+    baseline: Timeline
 
     @property
     def graph(self) -> Graph:
-        return self.plan.graph
+        return self.timeline.graph
 
     @cached_property
     def repeats(self) -> dict[int, int]:
-        return self.plan.schedule.repeats()
+        return self.timeline.schedule.repeats()
 
     @cached_property
     def saved(self) -> frozenset[int]:
-        return frozenset(self.plan.timeline.saved)
+        return frozenset(self.timeline.saved)
 
     @cached_property
     def remade(self) -> frozenset[int]:
         """Storages of which a recomputed copy is read."""
-        return frozenset(x.storage for x in self.plan.timeline.lifetimes if x.recomputed and x.dies > x.born)
+        return frozenset(x.storage for x in self.timeline.lifetimes if x.recomputed and x.dies > x.born)
 
     @cached_property
     def read_by_backward(self) -> frozenset[int]:
@@ -105,10 +111,10 @@ class _Facts:
     def us_per_byte(self) -> float:
         """The plain model's price: time of forward for a byte that it saves. Dearer than this is called costly."""
         forward_us = sum(op.time_us for op in self.graph.ops[: self.graph.forward_count])
-        return forward_us / max(self.plan.baseline.saved_bytes, 1)
+        return forward_us / max(self.baseline.saved_bytes, 1)
 
     def remake(self, storage: int) -> Remake:
-        """What it would take to remake a storage instead of keeping it, all else as planned."""
+        """What it would take to remake a storage instead of keeping it, all else as scheduled."""
         at_hand = (self.saved | self.remade | frozenset(self.graph.outputs)) - {storage}
         waiting, needed = [storage], set[int]()
         while waiting:
@@ -156,7 +162,7 @@ def _decide(facts: _Facts, storage: int) -> Decision:
 def _kept(facts: _Facts, storage: int, runs: int) -> Decision:
     remake = facts.remake(storage)
     beside = (s for s in facts.graph.ops[facts.graph.producer[storage]].writes if s in facts.saved)
-    repeat_us, freed_bytes = remake.time_us, _sum_bytes(facts.graph, beside)
+    repeat_us, freed_bytes = remake.time_us, facts.graph.bytes_of(beside)
     pinned = remake.pinned(storage)
     cause: Cause
     if pinned:
@@ -176,7 +182,7 @@ def _recomputed(facts: _Facts, storage: int, runs: int) -> Decision:
     op = facts.graph.ops[facts.graph.producer[storage]]
     repeat_us = op.time_us * (runs - 1)
     beside = (s for s in op.writes if s in facts.remade and s in facts.read_by_backward and s not in facts.saved)
-    freed_bytes = _sum_bytes(facts.graph, beside)
+    freed_bytes = facts.graph.bytes_of(beside)
     cause: Cause
     if storage not in facts.read_by_backward:
         cause = "step"
@@ -185,7 +191,3 @@ def _recomputed(facts: _Facts, storage: int, runs: int) -> Decision:
     else:
         cause = "demanded"
     return Decision("recompute", runs, cause, repeat_us, freed_bytes)
-
-
-def _sum_bytes(graph: Graph, storages: Iterable[int]) -> int:
-    return sum(graph.storages[s].size_bytes for s in storages)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import fsum
@@ -125,6 +125,10 @@ class Graph:
         """Time of one plain step by the cost model: every op once [µs]."""
         return fsum(op.time_us for op in self.ops)
 
+    def bytes_of(self, storages: Iterable[int]) -> int:
+        """Bytes of several storages together [B]."""
+        return sum(self.storages[s].size_bytes for s in storages)
+
     @cached_property
     def stage_bytes(self) -> int:
         """Gradients are handed over when this many bytes of them are waiting [B].
@@ -132,7 +136,7 @@ class Graph:
         Each handover takes time, and frees memory only where gradients are allocated already.
         """
         stages = 128 if self.gradients_allocated else 8
-        return max(sum(self.storages[s].size_bytes for s in self.gradients) // stages, 1)
+        return max(self.bytes_of(self.gradients) // stages, 1)
 
     def with_gradients(self, allocated: bool) -> Graph:
         """The same step with gradients fresh or already allocated."""

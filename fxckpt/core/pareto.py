@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from fxckpt.core.graph import Graph
-from fxckpt.core.plans import Figures, Plan
-from fxckpt.core.schedule import Schedule, plain
-from fxckpt.core.simulate import Timeline, simulate
-from fxckpt.core.solvers import Solver, check_options, lowest, solve
-from fxckpt.core.solvers.auto import usual_effort
-from fxckpt.core.solvers.chain.dp import frontier
+from fxckpt.core.plans import Plan
+from fxckpt.core.report.plot import plot_curve
+from fxckpt.core.schedule import plain
+from fxckpt.core.simulate import Figures, Timeline, simulate
+from fxckpt.core.solvers import Solver, check_options, look_up, lowest, solve
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.units import format_bytes, format_us, within
 
@@ -33,34 +32,64 @@ class Pareto:
     """Plans of one step from the lowest peak to the plain model, each of a higher peak and faster than the one before.
 
     Attributes:
-        graph: the captured step.
-        schedules: what the plans run, from the lowest peak on.
+        timelines: what the plans run, simulated, from the lowest peak on.
         solver: name of the solver that found them.
         cost_model: name of the cost model behind all times.
+        baseline_timeline: the plain step, simulated.
     """
 
-    graph: Graph
-    schedules: tuple[Schedule, ...]
+    timelines: tuple[Timeline, ...]
     solver: str
     cost_model: str
+    baseline_timeline: Timeline
+
+    @classmethod
+    def of(cls, graph: Graph, solver: str | Solver = "auto", *, cost_model: str = "", **options: Any) -> Pareto:
+        """The curve of a graph.
+
+        A solver that has a frontier (auto and dp do) gives it from one set of tables. Any other is asked for its lowest
+        peak, and then for budgets evenly between that and the plain peak.
+
+        Raises:
+            SolverError: there is no such solver, or it has no such option.
+        """
+        check_options(solver, options)
+        name, method = look_up(solver)
+        nothing = simulate(graph, plain(graph))
+        if method.frontier is not None:
+            return cls(tuple(method.frontier.function(graph, **options)), method.frontier.solver, cost_model, nothing)
+        floor = lowest(graph, solver, **options).timeline
+        between = _one_by_one(graph, solver, options, floor.peak_bytes, nothing.peak_bytes)
+        return cls(tuple(_each_faster((nothing, floor, *between))), name, cost_model, nothing)
+
+    @property
+    def graph(self) -> Graph:
+        """The captured step."""
+        return self.baseline_timeline.graph
 
     @cached_property
     def plans(self) -> tuple[Plan, ...]:
         """The plans, each for a budget of just its peak."""
         return tuple(
-            Plan(self.graph, schedule, self.solver, self.cost_model, figures.peak_bytes)
-            for schedule, figures in zip(self.schedules, self.points, strict=True)
+            Plan.of(
+                timeline,
+                solver=self.solver,
+                cost_model=self.cost_model,
+                budget_bytes=timeline.peak_bytes,
+                baseline=self.baseline_timeline,
+            )
+            for timeline in self.timelines
         )
 
     @cached_property
     def points(self) -> tuple[Figures, ...]:
         """What the plans are predicted to cost."""
-        return tuple(Figures.of(simulate(self.graph, schedule)) for schedule in self.schedules)
+        return tuple(map(Figures.of, self.timelines))
 
     @cached_property
     def baseline(self) -> Figures:
         """What the plain model costs."""
-        return Figures.of(simulate(self.graph, plain(self.graph)))
+        return Figures.of(self.baseline_timeline)
 
     @property
     def floor(self) -> Plan:
@@ -128,8 +157,6 @@ class Pareto:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        from fxckpt.core.report.plot import plot_curve
-
         budget_bytes = None if budget is None else within(budget, self.baseline.peak_bytes)
         return plot_curve(
             self.points,
@@ -143,7 +170,7 @@ class Pareto:
     def __repr__(self) -> str:
         points = ", ".join(f"({p.peak_bytes}, {p.step_us:.1f})" for p in (self.points[0], self.points[-1]))
         return (
-            f"Pareto(solver={self.solver!r}, plans={len(self.schedules)}, from and to (peak_bytes, step_us)={points})"
+            f"Pareto(solver={self.solver!r}, plans={len(self.timelines)}, from and to (peak_bytes, step_us)={points})"
         )
 
     def __str__(self) -> str:
@@ -170,33 +197,19 @@ class Pareto:
         return ", ".join(name for name, true in is_.items() if true)
 
 
-def curve(graph: Graph, solver: str | Solver = "auto", *, cost_model: str = "", **options: Any) -> Pareto:
-    """The curve of a graph.
+def _one_by_one(
+    graph: Graph, solver: str | Solver, options: dict[str, Any], low_bytes: int, high_bytes: int
+) -> Iterator[Timeline]:
+    """What a solver finds for some budgets between two."""
+    span_bytes = max(high_bytes - low_bytes, 0)
+    for budget_bytes in sorted({low_bytes + span_bytes * number // _BUDGETS for number in range(1, _BUDGETS)}):
+        yield solve(graph, budget_bytes, solver, **options).timeline
 
-    Solvers auto and dp give it from one set of tables. Any other is asked for its lowest peak, and then for budgets
-    evenly between that and the plain peak.
 
-    Raises:
-        SolverError: there is no such solver, or it has no such option.
-    """
-    check_options(solver, options)
-    if solver in ("auto", "dp"):
-        effort = options.get("effort") or usual_effort(graph)
-        return Pareto(graph, tuple(frontier(graph, effort=effort)), "dp", cost_model)
-    timelines = list(_one_by_one(graph, solver, options))
-    timelines.sort(key=lambda timeline: (timeline.peak_bytes, timeline.step_us))
+def _each_faster(timelines: Iterable[Timeline]) -> list[Timeline]:
+    """Those that are faster than all of a lower peak, from the lowest peak on."""
     best: list[Timeline] = []
-    for timeline in timelines:
+    for timeline in sorted(timelines, key=lambda timeline: (timeline.peak_bytes, timeline.step_us)):
         if not best or timeline.step_us < best[-1].step_us:
             best.append(timeline)
-    name = solver if isinstance(solver, str) else getattr(solver, "__name__", type(solver).__name__)
-    return Pareto(graph, tuple(timeline.schedule for timeline in best), name, cost_model)
-
-
-def _one_by_one(graph: Graph, solver: str | Solver, options: dict[str, Any]) -> Iterator[Timeline]:
-    nothing, floor = simulate(graph, plain(graph)), lowest(graph, solver, **options).timeline
-    yield nothing
-    yield floor
-    span_bytes = max(nothing.peak_bytes - floor.peak_bytes, 0)
-    for budget_bytes in sorted({floor.peak_bytes + span_bytes * number // _BUDGETS for number in range(1, _BUDGETS)}):
-        yield solve(graph, budget_bytes, solver, **options).timeline
+    return best

@@ -1,7 +1,4 @@
-"""A plan:
-
-A graph, the schedule chosen for it, and what that schedule is predicted to cost. Frozen, and JSON both ways.
-"""
+"""A plan: a graph, the schedule chosen for it, and what that is predicted to cost. Frozen, and JSON both ways."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fxckpt.core.graph import Graph
 from fxckpt.core.schedule import Schedule, plain
-from fxckpt.core.simulate import Timeline, simulate
+from fxckpt.core.simulate import Figures, Timeline, simulate
 from fxckpt.errors import InvalidScheduleError, PlanFormatError
 
 if TYPE_CHECKING:
@@ -24,28 +21,6 @@ if TYPE_CHECKING:
 _FORMAT = 1
 _LARGEST_BYTES = 512 * 2**20
 _MOST_STEPS = 10_000_000
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Predicted cost of one training step.
-
-    Attributes:
-        peak_bytes: most bytes in use at any moment, everything counted [B].
-        step_us: time of the step by the cost model [µs].
-        recompute_us: the part of it that repeats ops [µs].
-        saved_bytes: what forward keeps for backward, parameters and outputs aside [B].
-    """
-
-    peak_bytes: int
-    step_us: float
-    recompute_us: float
-    saved_bytes: int
-
-    @classmethod
-    def of(cls, timeline: Timeline) -> Figures:
-        """The figures of a simulation."""
-        return cls(timeline.peak_bytes, timeline.step_us, timeline.recompute_us, timeline.saved_bytes)
 
 
 @dataclass(frozen=True)
@@ -65,6 +40,22 @@ class Plan:
     solver: str
     cost_model: str
     budget_bytes: int
+
+    @classmethod
+    def of(
+        cls, timeline: Timeline, *, solver: str, cost_model: str, budget_bytes: int, baseline: Timeline | None = None
+    ) -> Plan:
+        """The plan to run what has been simulated already, and so need not be again.
+
+        Args:
+            timeline: the step, as a solver's `Solution` has it.
+            solver, cost_model, budget_bytes: as for `Plan`.
+            baseline: the simulated plain step, where that is known too.
+        """
+        plan = cls(timeline.graph, timeline.schedule, solver, cost_model, budget_bytes)
+        known = {"timeline": timeline, "baseline_timeline": baseline}
+        plan.__dict__.update({name: value for name, value in known.items() if value is not None})
+        return plan
 
     @cached_property
     def timeline(self) -> Timeline:

@@ -68,7 +68,7 @@ def deliveries(graph: Graph, schedule: Schedule) -> list[Delivery]:
     gradients = frozenset(graph.gradients)
     start = schedule.forward_steps
     waiting = [s for s in graph.gradients if graph.storages[s].kind != "backward"]  # a tangent that is passed through
-    waiting_bytes = sum(graph.storages[s].size_bytes for s in waiting)
+    waiting_bytes = graph.bytes_of(waiting)
     seen = set(waiting)
     stages: list[Delivery] = []
     for step in range(start, len(schedule)):

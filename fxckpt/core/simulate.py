@@ -7,7 +7,7 @@ time, outputs from the moment they are written, tangents from the start of backw
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from math import fsum
 from typing import Literal
@@ -29,6 +29,7 @@ PeakKind = Literal[
     "reserved",
 ]
 PEAK_KINDS: tuple[PeakKind, ...] = PeakKind.__args__  # type: ignore[attr-defined]
+_LARGE = 0.2  # of the peak: a single tensor of this size is worth naming
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Lifetime:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Memory and time of a schedule, step by step.
+    """Memory and time of a schedule, step by step. Equal if graph and schedule are: all else follows from these.
 
     Attributes:
         graph, schedule: what was simulated.
@@ -58,10 +59,10 @@ class Timeline:
 
     graph: Graph
     schedule: Schedule
-    lifetimes: tuple[Lifetime, ...]
-    live_bytes: npt.NDArray[np.int64]
-    step_us: float
-    recompute_us: float
+    lifetimes: tuple[Lifetime, ...] = field(compare=False)
+    live_bytes: npt.NDArray[np.int64] = field(compare=False)
+    step_us: float = field(compare=False)
+    recompute_us: float = field(compare=False)
 
     @cached_property
     def peak_step(self) -> int:
@@ -83,7 +84,7 @@ class Timeline:
     @cached_property
     def saved_bytes(self) -> int:
         """Bytes of `saved` [B]."""
-        return sum(self.graph.storages[s].size_bytes for s in self.saved)
+        return self.graph.bytes_of(self.saved)
 
     def alive_at(self, step: int) -> list[Lifetime]:
         """The lifetimes that contain a step."""
@@ -94,6 +95,26 @@ class Timeline:
         if step < 0:
             return self._static_bytes_by_kind()
         return {kind: int(series[step]) for kind, series in self.live_bytes_by_kind.items()}
+
+    @cached_property
+    def at_peak(self) -> dict[PeakKind, int]:
+        """Bytes in use at the peak by what they are for; the sum is `peak_bytes` [B]."""
+        return self.breakdown(self.peak_step)
+
+    @property
+    def dominant(self) -> PeakKind:
+        """What takes the most of them."""
+        return max(PEAK_KINDS, key=lambda kind: self.at_peak[kind])
+
+    @cached_property
+    def largest(self) -> int | None:
+        """The largest storage at the peak that the step itself allocates, if it is a fifth of the peak or more."""
+        storages = self.graph.storages
+        alive = (life.storage for life in self.alive_at(self.peak_step))
+        largest = max(alive, key=lambda storage: storages[storage].size_bytes, default=None)
+        if largest is None or storages[largest].size_bytes < _LARGE * self.peak_bytes:
+            return None
+        return largest
 
     @cached_property
     def live_bytes_by_kind(self) -> dict[PeakKind, npt.NDArray[np.int64]]:
@@ -144,6 +165,28 @@ class Timeline:
         sums["reserved"] = graph.reserved_bytes
         sums["gradients"] = graph.allocated_gradient_bytes if graph.gradients_allocated else 0
         return sums
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Predicted cost of one training step.
+
+    Attributes:
+        peak_bytes: most bytes in use at any moment, everything counted [B].
+        step_us: time of the step by the cost model [µs].
+        recompute_us: the part of it that repeats ops [µs].
+        saved_bytes: what forward keeps for backward, parameters and outputs aside [B].
+    """
+
+    peak_bytes: int
+    step_us: float
+    recompute_us: float
+    saved_bytes: int
+
+    @classmethod
+    def of(cls, timeline: Timeline) -> Figures:
+        """The figures of a simulation."""
+        return cls(timeline.peak_bytes, timeline.step_us, timeline.recompute_us, timeline.saved_bytes)
 
 
 def simulate(graph: Graph, schedule: Schedule) -> Timeline:

@@ -231,7 +231,7 @@ def test_plans_with_checks(name: str, solver: str) -> None:
     assert checks
     assert all(plan.schedule.order[: plan.schedule.forward_steps].count(i) == 1 for i in checks)
     assert all(plan.schedule.order.count(i) == 1 for i in checks)
-    assert decisions(plan)
+    assert decisions(plan.timeline, plan.baseline_timeline)
     optimized = fxckpt.optimize(model, plan=fxckpt.Plan.from_json(plan.to_json()))
     expected = run_step(copy.deepcopy(model), (x,), {}, Tensor.clone)
     assert_same_step(run_step(optimized, (x,), {}, Tensor.clone), expected)

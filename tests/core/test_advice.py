@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from fxckpt.core.advice import Advice, Verdict, closing_text
+from fxckpt.core.advice import Advice, Verdict
 from fxckpt.core.graph import Graph
-from fxckpt.core.pareto import Pareto, curve
+from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
+from fxckpt.core.report.prose import closing_text
 from fxckpt.core.schedule import Schedule, plain
 from tests.support.strategies import chain
 
@@ -18,7 +19,7 @@ LAYERS = (10,) * 12
 
 def steps(weight_bytes: int = 0, reserved_bytes: int = 0) -> Pareto:
     graph = replace(chain(LAYERS, weight_bytes=weight_bytes, last_bytes=10), reserved_bytes=reserved_bytes)
-    return curve(graph, effort="fast", cost_model="hand")
+    return Pareto.of(graph, effort="fast", cost_model="hand")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def logits(graph: Graph) -> Graph:
 
 
 def test_one_large_tensor_is_named() -> None:
-    found = curve(logits(chain(LAYERS, last_bytes=10)), effort="fast")
+    found = Pareto.of(logits(chain(LAYERS, last_bytes=10)), effort="fast")
     advice = Advice(found)
     assert advice.largest is not None
     assert advice.largest.size_bytes == 10**6
@@ -92,7 +93,7 @@ def test_the_closing_text_says_gain_price_and_rest() -> None:
     assert closing_text(kept).startswith(
         "Nothing is recomputed: it fits as it is. Now the largest part of the peak is "
     )
-    plan = curve(graph, effort="fast").knee()
+    plan = Pareto.of(graph, effort="fast").knee()
     text = closing_text(plan)
     saved_bytes = plan.baseline.peak_bytes - plan.predicted.peak_bytes
     price = plan.predicted.recompute_us / plan.baseline.step_us

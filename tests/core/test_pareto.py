@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from fxckpt.core.graph import Graph
-from fxckpt.core.pareto import Pareto, curve
+from fxckpt.core.pareto import Pareto
 from fxckpt.core.schedule import Schedule, plain
 from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers import lowest, solve
@@ -21,13 +21,13 @@ LAYERS = (10, 20, 40, 30, 20, 10, 30, 20, 40, 10)
 
 @pytest.fixture(scope="module")
 def found() -> Pareto:
-    return curve(chain(LAYERS, last_bytes=10), effort="fast", cost_model="hand")
+    return Pareto.of(chain(LAYERS, last_bytes=10), effort="fast", cost_model="hand")
 
 
 @settings(max_examples=8)
 @given(graph=training_steps())
 def test_a_curve_goes_from_the_solvers_floor_to_the_plain_step(graph: Graph) -> None:
-    found = curve(graph, effort="fast")
+    found = Pareto.of(graph, effort="fast")
     assert found.points[0].peak_bytes == lowest(graph, "dp", effort="fast").timeline.peak_bytes
     assert found.points[-1].step_us == found.baseline.step_us
     for tight, loose in pairwise(found.points):
@@ -77,7 +77,7 @@ def test_the_knee_is_farthest_below_the_line_between_the_ends(found: Pareto) -> 
 
 
 def test_a_step_that_cannot_be_improved_is_a_curve_of_one_point() -> None:
-    found = curve(Graph((), (), 0), effort="fast")
+    found = Pareto.of(Graph((), (), 0), effort="fast")
     assert (len(found.plans), found.knee()) == (1, found.floor)
     assert "floor, knee, plain" in str(found)
 
@@ -99,7 +99,7 @@ def test_json_and_text_have_the_figures(found: Pareto) -> None:
 @pytest.mark.parametrize("solver", ["uniform", "sqrt", "selective", "save_all"])
 def test_other_solvers_have_curves_too(solver: str) -> None:
     graph = chain(LAYERS, last_bytes=10)
-    found = curve(graph, solver)
+    found = Pareto.of(graph, solver)
     assert found.solver == solver
     assert found.points[0].peak_bytes <= lowest(graph, solver).timeline.peak_bytes
     assert found.points[-1].step_us == found.baseline.step_us
@@ -112,15 +112,15 @@ def test_a_function_of_ones_own_has_a_curve_by_its_name() -> None:
     def nothing(graph: Graph, budget_bytes: int) -> Schedule:  # noqa: ARG001
         return plain(graph)
 
-    found = curve(chain(), nothing)
+    found = Pareto.of(chain(), nothing)
     assert (found.solver, len(found.plans)) == ("nothing", 1)
-    assert simulate(found.graph, found.schedules[0]).recompute_us == 0
+    assert simulate(found.graph, found.timelines[0].schedule).recompute_us == 0
 
 
 def test_options_are_the_solvers() -> None:
     graph = chain(LAYERS, last_bytes=10)
-    two, all_k = curve(graph, "uniform", k=2), curve(graph, "uniform")
+    two, all_k = Pareto.of(graph, "uniform", k=2), Pareto.of(graph, "uniform")
     assert len(two.plans) == 2  # the plain step and one schedule
     assert len(all_k.plans) > 2
     with pytest.raises(SolverError, match="uniform has no effort"):
-        curve(graph, "uniform", effort="fast")
+        Pareto.of(graph, "uniform", effort="fast")

@@ -1,15 +1,20 @@
 import json
+import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from fxckpt.core.decisions import decisions
 from fxckpt.core.graph import Graph, Op, Storage
-from fxckpt.core.plans import Figures, Plan
-from fxckpt.core.schedule import Schedule
-from fxckpt.core.simulate import simulate
+from fxckpt.core.plans import Plan
+from fxckpt.core.report.table import plan_text
+from fxckpt.core.schedule import Schedule, check, plain
+from fxckpt.core.simulate import Figures, simulate
+from fxckpt.core.solvers import solve
 from fxckpt.errors import PlanFormatError
 from tests.support.strategies import chain, graphs_with_schedules
 
@@ -30,6 +35,38 @@ def test_figures_are_those_of_the_simulation() -> None:
     assert plan.predicted == Figures(peak_bytes=122, step_us=33.0, recompute_us=3.0, saved_bytes=40)
     assert plan.baseline == Figures(peak_bytes=139, step_us=30.0, recompute_us=0.0, saved_bytes=70)
     assert plan.fingerprint == plan.graph.fingerprint
+
+
+def test_what_is_simulated_once_is_not_simulated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    simulated: list[Schedule] = []
+
+    def counted(graph: Graph, schedule: Schedule) -> None:
+        simulated.append(schedule)
+        check(graph, schedule)
+
+    monkeypatch.setattr("fxckpt.core.schedule.check", counted)  # `simulate` asks for it each time
+    graph = chain()
+    baseline = simulate(graph, plain(graph))
+    solution = solve(graph, 130, lambda graph, budget_bytes: SCHEDULE)  # noqa: ARG005
+    plan = Plan.of(solution.timeline, solver="dp", cost_model="reference", budget_bytes=130, baseline=baseline)
+    assert plan.predicted.peak_bytes == plan.timeline.peak_bytes == 122
+    assert plan.baseline.peak_bytes == 139
+    assert decisions(plan.timeline, plan.baseline_timeline)
+    assert plan_text(plan, all=True)
+    twins = 2  # the figures also tell the peaks with gradients allocated
+    assert len(simulated) == 2 + twins
+    assert (simulated.count(SCHEDULE), simulated.count(plain(graph))) == (2, 2)
+
+
+def test_a_plan_made_from_a_simulation_is_the_plan_made_from_its_schedule() -> None:
+    made = Plan(chain(), SCHEDULE, "dp", "reference", 130)
+    plan = Plan.of(simulate(chain(), SCHEDULE), solver="dp", cost_model="reference", budget_bytes=130)
+    assert (plan, hash(plan), repr(plan), plan.to_json()) == (made, hash(made), repr(made), made.to_json())
+    assert plan.baseline == made.baseline
+    copy = pickle.loads(pickle.dumps(plan))
+    assert (copy, copy.predicted) == (made, made.predicted)
+    elsewhere = replace(plan, graph=chain((10, 20, 80)))
+    assert elsewhere.timeline == simulate(chain((10, 20, 80)), SCHEDULE)
 
 
 def test_what_is_printed_names_the_figures() -> None:

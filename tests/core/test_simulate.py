@@ -251,6 +251,27 @@ def test_time_does_not_depend_on_the_order_in_the_last_bit() -> None:
 
 
 @given(graphs_with_schedules())
+def test_equal_steps_have_equal_timelines(drawn: tuple[Graph, Schedule]) -> None:
+    graph, schedule = drawn
+    timeline = simulate(graph, schedule)
+    assert (timeline, hash(timeline)) == (simulate(graph, schedule), hash(simulate(graph, schedule)))
+    assert (timeline == simulate(graph, plain(graph))) == (schedule == plain(graph))
+
+
+@given(graphs_with_schedules())
+def test_the_largest_at_the_peak_is_a_fifth_of_it(drawn: tuple[Graph, Schedule]) -> None:
+    timeline = simulate(*drawn)
+    sizes_bytes = [timeline.graph.storages[x.storage].size_bytes for x in timeline.alive_at(timeline.peak_step)]
+    large = [size_bytes for size_bytes in sizes_bytes if 5 * size_bytes >= timeline.peak_bytes]
+    if timeline.largest is None:
+        assert not large
+    else:
+        assert timeline.graph.storages[timeline.largest].size_bytes == max(large)
+    assert timeline.at_peak[timeline.dominant] == max(timeline.at_peak.values())
+    assert sum(timeline.at_peak.values()) == timeline.peak_bytes
+
+
+@given(graphs_with_schedules())
 def test_every_breakdown_adds_up(drawn: tuple[Graph, Schedule]) -> None:
     timeline = simulate(*drawn)
     for step, live_bytes in enumerate(timeline.live_bytes.tolist()):

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fxckpt.core.graph import Graph
-from fxckpt.core.plans import Plan
 from fxckpt.core.report.palette import KIND_COLOURS
+from fxckpt.core.report.planned import Planned
 from fxckpt.core.report.plot import pyplot
 from fxckpt.core.report.sampling import columns, ticks
 from fxckpt.core.simulate import PeakKind, Timeline, simulate
@@ -46,7 +46,7 @@ _INK, _PAPER, _UNUSED, _FREED = "#333333", "#ffffff", "#f4f4f4", "#d4d4d4"
 Pixels = npt.NDArray[np.uint8]
 
 
-def animate(plan: Plan, file: str | PathLike[str], *, progress: bool = True) -> None:
+def animate(plan: Planned, file: str | PathLike[str], *, progress: bool = True) -> None:
     """Write a film of a step as a GIF: the plain model, least memory (`sqrt` in large graphs), and the plan.
 
     Args:
@@ -140,7 +140,7 @@ def cells_of(graph: Graph) -> Cells:
     return Cells(place, size_bytes, tuple(column))
 
 
-def _scenes(plan: Plan) -> list[Scene]:
+def _scenes(plan: Planned) -> list[Scene]:
     """The three schedules, all at the same pace: an op a frame, or in long steps some ops a frame."""
     graph = plan.graph
     large = len(graph.ops) > _LARGE_OPS

@@ -12,10 +12,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fxckpt.core.advice import closing_text
-from fxckpt.core.plans import Plan
 from fxckpt.core.report import rows, table
 from fxckpt.core.report.palette import KIND_COLOURS
+from fxckpt.core.report.planned import Planned
+from fxckpt.core.report.prose import closing_text
 from fxckpt.core.report.sampling import ticks
 from fxckpt.core.simulate import PEAK_KINDS, Timeline
 from fxckpt.errors import FxckptError
@@ -23,7 +23,7 @@ from fxckpt.errors import FxckptError
 _PLACE = "{{plan}}"
 
 
-def page(plan: Plan) -> str:
+def page(plan: Planned) -> str:
     """The page of a plan, the same for equal plans.
 
     Raises:
@@ -35,7 +35,7 @@ def page(plan: Plan) -> str:
     return template.replace(_PLACE, data, 1)
 
 
-def save_page(plan: Plan, file: str | PathLike[str]) -> None:
+def save_page(plan: Planned, file: str | PathLike[str]) -> None:
     """Write the page of a plan.
 
     Raises:
@@ -48,7 +48,7 @@ def save_page(plan: Plan, file: str | PathLike[str]) -> None:
         raise FxckptError(f"can't write {file}: {error.strerror}") from error
 
 
-def _data(plan: Plan) -> dict[str, Any]:
+def _data(plan: Planned) -> dict[str, Any]:
     timeline, schedule = plan.timeline, plan.schedule
     headers, figures = table.figures(plan)
     found = rows.rows(plan, fold=True)

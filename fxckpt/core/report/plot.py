@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fxckpt.core.plans import Figures, Plan
 from fxckpt.core.report.palette import BLUE, GREY, KIND_COLOURS, ORANGE, SERIES, TEXT, VERMILION
+from fxckpt.core.report.planned import Planned
 from fxckpt.core.report.rows import short_target
 from fxckpt.core.report.sampling import Axis, columns, ticks
-from fxckpt.core.simulate import PeakKind, Timeline
+from fxckpt.core.simulate import Figures, PeakKind, Timeline
 from fxckpt.errors import FxckptError, MissingExtraError
 from fxckpt.units import format_bytes, format_us
 
@@ -108,7 +108,7 @@ def _ratio_axis(ax: Axes, step_us: float) -> None:
     ratio.set_ylabel("× the plain model")
 
 
-def plot_timeline(plan: Plan, *, axis: Axis = "time") -> tuple[Figure, Axes]:
+def plot_timeline(plan: Planned, *, axis: Axis = "time") -> tuple[Figure, Axes]:
     """Memory in use over the step, stacked by what it is for, with the plain model's outline and the budget.
 
     Args:
@@ -146,7 +146,7 @@ def plot_timeline(plan: Plan, *, axis: Axis = "time") -> tuple[Figure, Axes]:
     return fig, ax
 
 
-def save_timeline(plan: Plan, file: str | PathLike[str]) -> None:
+def save_timeline(plan: Planned, file: str | PathLike[str]) -> None:
     """Write `plot_timeline` to a file, in the format that its name ends in.
 
     Raises:

@@ -9,7 +9,7 @@ from itertools import groupby
 
 from fxckpt.core.decisions import Action, Cause, Decision, decisions, reason
 from fxckpt.core.graph import Graph
-from fxckpt.core.plans import Plan
+from fxckpt.core.report.planned import Planned
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Row:
     time_us: float
 
 
-def rows(plan: Plan, *, fold: bool) -> list[Row]:
+def rows(plan: Planned, *, fold: bool) -> list[Row]:
     """All rows, the largest first; with `fold`, equal modules with equal decisions share one."""
-    graph, decided = plan.graph, decisions(plan)
+    graph, decided = plan.graph, decisions(plan.timeline, plan.baseline_timeline)
     places: dict[tuple[str, str], list[int]] = {}
     for index, op in enumerate(graph.ops[: graph.forward_count]):
         places.setdefault((op.module, op.source), []).append(index)
@@ -56,7 +56,7 @@ def _row(graph: Graph, decided: dict[int, Decision], modules: tuple[str, ...], s
         ops=ops,
         storages=storages,
         decisions=tuple(decided[s] for s in storages),
-        size_bytes=sum(graph.storages[s].size_bytes for s in storages),
+        size_bytes=graph.bytes_of(storages),
         time_us=sum(graph.ops[i].time_us for i in ops),
     )
 
@@ -118,9 +118,8 @@ def ops_text(graph: Graph, row: Row) -> str:
     kinds: dict[str, int] = {}
     for index in row.ops:
         op = graph.ops[index]
-        written_bytes = sum(graph.storages[s].size_bytes for s in op.writes)
         name = short_target(op.target)
-        kinds[name] = kinds.get(name, 0) + written_bytes
+        kinds[name] = kinds.get(name, 0) + graph.bytes_of(op.writes)
     first = max(kinds, key=lambda name: kinds[name])
     return first if len(kinds) == 1 else f"{first} +{len(kinds) - 1}"
 
@@ -166,9 +165,7 @@ def reason_text(graph: Graph, row: Row) -> str:
             causes.setdefault((decision.cause, decision.detail), []).append((storage, decision))
     if not causes:
         return reason("step", 0.0, 0) if any(d.cause == "step" for d in row.decisions) else "-"
-    (cause, detail), members = max(
-        causes.items(), key=lambda item: sum(graph.storages[storage].size_bytes for storage, _ in item[1])
-    )
+    (cause, detail), members = max(causes.items(), key=lambda item: graph.bytes_of(storage for storage, _ in item[1]))
     each_op = {graph.producer[storage]: decision for storage, decision in members}
     repeat_us = sum(d.repeat_us for d in each_op.values())
     return reason(cause, repeat_us, sum(d.freed_bytes for d in each_op.values()), detail)

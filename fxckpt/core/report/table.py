@@ -7,10 +7,10 @@ from typing import Protocol
 
 from tabulate import tabulate
 
-from fxckpt.core.advice import closing_text
 from fxckpt.core.graph import Graph
-from fxckpt.core.plans import Plan
 from fxckpt.core.report import rows
+from fxckpt.core.report.planned import Planned
+from fxckpt.core.report.prose import closing_text
 from fxckpt.core.simulate import PEAK_KINDS, Timeline, simulate
 from fxckpt.units import format_bytes, format_us
 
@@ -42,7 +42,7 @@ class Measured(Protocol):
         """Measured time of one step [µs]."""
 
 
-def plan_text(plan: Plan, *, all: bool = False, measurement: Measured | None = None) -> str:  # noqa: A002 (public name)
+def plan_text(plan: Planned, *, all: bool = False, measurement: Measured | None = None) -> str:  # noqa: A002 (public name)
     """A plan as text, the same for equal plans.
 
     Args:
@@ -61,7 +61,7 @@ def plan_text(plan: Plan, *, all: bool = False, measurement: Measured | None = N
     return "\n\n".join(parts) + "\n"
 
 
-def facts(plan: Plan) -> list[tuple[str, str]]:
+def facts(plan: Planned) -> list[tuple[str, str]]:
     """What kind of plan it is: names and texts."""
     graph = plan.graph
     repeated = plan.schedule.repeats()
@@ -75,24 +75,24 @@ def facts(plan: Plan) -> list[tuple[str, str]]:
         ("gradients", gradients),
         ("graph", f"{graph.forward_count} forward and {len(graph.ops) - graph.forward_count} backward ops"),
         ("repeated", f"{len(repeated)} ops, {sum(repeated.values())} runs more than the plain model"),
-        ("fingerprint", plan.fingerprint),
+        ("fingerprint", graph.fingerprint),
     ]
 
 
-def _title(plan: Plan) -> str:
+def _title(plan: Planned) -> str:
     found = facts(plan)
     width = max(len(name) for name, _ in found)
     return "\n".join(["fxckpt plan", *(f"  {name:<{width}}  {text}" for name, text in found)])
 
 
-def _fraction(plan: Plan) -> str:
+def _fraction(plan: Planned) -> str:
     peak_bytes = plan.baseline.peak_bytes
     if plan.budget_bytes > peak_bytes:
         return "more than the plain model's peak"
     return f"{plan.budget_bytes / max(peak_bytes, 1):.1%} of the plain model's peak"
 
 
-def figures(plan: Plan) -> tuple[list[str], list[list[str]]]:
+def figures(plan: Planned) -> tuple[list[str], list[list[str]]]:
     """What a step costs, plain and planned: headers and rows of a table."""
     baseline, predicted = plan.baseline, plan.predicted
     other = "if .grad is None" if plan.graph.gradients_allocated else "if .grad is allocated"
@@ -113,7 +113,7 @@ def figures(plan: Plan) -> tuple[list[str], list[list[str]]]:
     return ["one training step", "baseline", "plan", "change"], table
 
 
-def _figures(plan: Plan, measurement: Measured | None) -> str:
+def _figures(plan: Planned, measurement: Measured | None) -> str:
     headers, table = figures(plan)
     if measurement is not None:
         headers.append("measured")
@@ -139,7 +139,7 @@ def _change(baseline: float, plan: float) -> str:
     return "0.0%" if text in ("+0.0%", "-0.0%") else text
 
 
-def _peaks(plan: Plan) -> str:
+def _peaks(plan: Planned) -> str:
     lines = ["Where most memory is in use"]
     for name, timeline in (("baseline", plan.baseline_timeline), ("plan", plan.timeline)):
         lines.append(f"  {name:<8}  {_peak(timeline)}")
@@ -161,9 +161,8 @@ def _peak(timeline: Timeline) -> str:
     return f"{when}: {op.target} ({op.name}{again}) in {place}"
 
 
-def _breakdown(plan: Plan) -> str:
-    baseline = plan.baseline_timeline.breakdown(plan.baseline_timeline.peak_step)
-    predicted = plan.timeline.breakdown(plan.timeline.peak_step)
+def _breakdown(plan: Planned) -> str:
+    baseline, predicted = plan.baseline_timeline.at_peak, plan.timeline.at_peak
     table = [
         [kind, format_bytes(baseline[kind]), format_bytes(predicted[kind])]
         for kind in PEAK_KINDS
@@ -173,7 +172,7 @@ def _breakdown(plan: Plan) -> str:
     return _table(table, ["in use at the peak", "baseline", "plan"], left=1)
 
 
-def _tensors(plan: Plan, *, everything: bool) -> str:
+def _tensors(plan: Planned, *, everything: bool) -> str:
     graph = plan.graph
     found = rows.rows(plan, fold=not everything)
     shown = found if everything else found[:SHORT_ROWS]

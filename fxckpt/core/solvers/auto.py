@@ -8,10 +8,8 @@ from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers.baselines.selective import selective
 from fxckpt.core.solvers.baselines.sqrt import sqrt
 from fxckpt.core.solvers.baselines.uniform import uniform
-from fxckpt.core.solvers.chain.dp import Effort, dp
+from fxckpt.core.solvers.chain.dp import Effort, dp, usual_effort
 from fxckpt.core.solvers.keep import cheapest_fitting
-
-_LARGE_OPS = 3000
 
 
 def auto(graph: Graph, budget_bytes: int, *, effort: Effort | None = None) -> Schedule:
@@ -24,11 +22,6 @@ def auto(graph: Graph, budget_bytes: int, *, effort: Effort | None = None) -> Sc
     """
     if simulate(graph, plain(graph)).peak_bytes <= budget_bytes:
         return plain(graph)
-    effort = effort or usual_effort(graph)
     baselines = (solver(graph, budget_bytes) for solver in (selective, uniform, sqrt))
-    return cheapest_fitting(graph, (dp(graph, budget_bytes, effort=effort), *baselines), budget_bytes)
-
-
-def usual_effort(graph: Graph) -> Effort:
-    """What to spend where nothing is said: "default", or "fast" on graphs of thousands of ops."""
-    return "fast" if len(graph.ops) > _LARGE_OPS else "default"
+    found = dp(graph, budget_bytes, effort=effort or usual_effort(graph))
+    return cheapest_fitting(graph, (found, *baselines), budget_bytes)

@@ -156,8 +156,7 @@ class KeepProblem:
     def cost(self, kept: frozenset[int]) -> tuple[int, float]:
         """Bytes kept [B] and time of what is repeated [µs]."""
         again = closure(self.graph, self.read_back, {*kept, *self.free})
-        kept_bytes = sum(self.graph.storages[s].size_bytes for s in kept)
-        return kept_bytes, sum(self.graph.ops[op].time_us for op in again)
+        return self.graph.bytes_of(kept), sum(self.graph.ops[op].time_us for op in again)
 
     def hull(self, most: int) -> list[frozenset[int]]:
         """The choices that are cheapest at some price, from keeping least to keeping most; at most about `most`."""
@@ -182,5 +181,4 @@ class KeepProblem:
 
     def _cost(self, repeated: frozenset[int]) -> tuple[int, float]:
         """Bytes kept [B] and time [µs] if these ops are repeated."""
-        kept_bytes = sum(self.graph.storages[s].size_bytes for s in self.kept(repeated))
-        return kept_bytes, sum(self.graph.ops[op].time_us for op in sorted(repeated))
+        return self.graph.bytes_of(self.kept(repeated)), sum(self.graph.ops[op].time_us for op in sorted(repeated))

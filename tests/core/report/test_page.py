@@ -17,12 +17,12 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
-from fxckpt.core.advice import closing_text
 from fxckpt.core.graph import Graph, Storage
 from fxckpt.core.plans import Plan
 from fxckpt.core.report import rows, table
 from fxckpt.core.report.page import page
 from fxckpt.core.report.palette import KIND_COLOURS
+from fxckpt.core.report.prose import closing_text
 from fxckpt.core.report.sampling import columns
 from fxckpt.core.schedule import Schedule, plain
 from fxckpt.core.simulate import PEAK_KINDS

@@ -17,12 +17,12 @@ from matplotlib import pyplot as plt
 from matplotlib.collections import Collection
 
 from fxckpt.core.graph import Graph
-from fxckpt.core.plans import Figures, Plan
+from fxckpt.core.plans import Plan
 from fxckpt.core.report.palette import KIND_COLOURS
 from fxckpt.core.report.plot import plot_curve, plot_timeline
 from fxckpt.core.report.sampling import columns, ticks
 from fxckpt.core.schedule import Schedule, plain
-from fxckpt.core.simulate import PEAK_KINDS, simulate
+from fxckpt.core.simulate import PEAK_KINDS, Figures, simulate
 from fxckpt.errors import FxckptError
 from tests.support.strategies import chain, graphs_with_schedules
 

@@ -16,12 +16,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxckpt.core.decisions import decisions
+from fxckpt.core.decisions import Decision, decisions
 from fxckpt.core.graph import Graph, Op, Storage, StorageKind
 from fxckpt.core.plans import Plan
 from fxckpt.core.report import rows
 from fxckpt.core.report.table import WIDTH, plan_text
 from fxckpt.core.schedule import Schedule, plain
+from fxckpt.core.simulate import simulate
 from tests.support import strategies
 
 MIB = 2**20
@@ -168,12 +169,16 @@ def test_examples_in_docstrings() -> None:
     assert result.failed == 0
 
 
+def decided_in(graph: Graph, schedule: Schedule) -> dict[int, Decision]:
+    return decisions(simulate(graph, schedule), simulate(graph, plain(graph)))
+
+
 @given(st.data())
 @settings(max_examples=200)
 def test_decisions_say_what_the_schedule_does(data: st.DataObject) -> None:
     graph = data.draw(strategies.graphs())
     plan = Plan(graph, data.draw(strategies.schedules(graph)), "drawn", "drawn", 1)
-    decided = decisions(plan)
+    decided = decided_in(graph, plan.schedule)
     assert set(decided) == {s for op in graph.ops[: graph.forward_count] for s in op.writes}
     stays = set(plan.timeline.saved) | set(graph.outputs)
     read_again = {x.storage for x in plan.timeline.lifetimes if x.recomputed and x.dies > x.born}
@@ -194,7 +199,7 @@ def test_text_is_the_same_for_equal_plans_and_rows_lose_nothing(data: st.DataObj
         assert plan_text(plan, all=everything) == plan_text(again, all=everything)
         shown = rows.rows(plan, fold=not everything)
         assert sorted(i for row in shown for i in row.ops) == list(range(graph.forward_count))
-        assert sum(row.size_bytes for row in shown) == sum(graph.storages[s].size_bytes for s in decisions(plan))
+        assert sum(row.size_bytes for row in shown) == graph.bytes_of(decided_in(graph, plan.schedule))
 
 
 def test_a_checkpoint_and_the_steps_from_it_are_called_so() -> None:
@@ -206,10 +211,10 @@ def test_a_checkpoint_and_the_steps_from_it_are_called_so() -> None:
     c = step.op("c", "aten.c", (b,), 8, 1.0)
     grad = step.op("d", "aten.d", (c,), 8, 1.0, kind="backward")
     graph = Graph(tuple(step.ops), tuple(step.storages), 3, gradients=(grad,))
-    from_b = decisions(Plan(graph, Schedule((0, 1, 2, 2, 3), 3), "hand", "hand", 1))
+    from_b = decided_in(graph, Schedule((0, 1, 2, 2, 3), 3))
     assert [from_b[s].action for s in (a, b, c)] == ["discard", "keep", "recompute"]
     assert from_b[b].cause == "checkpoint"
-    from_a = decisions(Plan(graph, Schedule((0, 1, 2, 1, 2, 3), 3), "hand", "hand", 1))
+    from_a = decided_in(graph, Schedule((0, 1, 2, 1, 2, 3), 3))
     assert [from_a[s].cause for s in (a, b, c)] == ["checkpoint", "step", "cheap"]
 
 
@@ -220,7 +225,7 @@ def test_a_tensor_whose_remaking_needs_a_pinned_op_is_called_pinned() -> None:
     b = step.op("b", "aten.b", (a,), 8, 1.0)
     grad = step.op("d", "aten.d", (b,), 8, 1.0, kind="backward")
     graph = Graph(tuple(step.ops), tuple(step.storages), 2, gradients=(grad,))
-    assert decisions(Plan(graph, plain(graph), "hand", "hand", 1))[b].reason == "pinned: needs a: it has effects"
+    assert decided_in(graph, plain(graph))[b].reason == "pinned: needs a: it has effects"
 
 
 def test_sources_never_show_where_libraries_or_homes_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

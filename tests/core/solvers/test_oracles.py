@@ -21,7 +21,7 @@ from fxckpt.core.graph import Graph, Op, Storage, StorageKind
 from fxckpt.core.schedule import Schedule, check, plain
 from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers.baselines.treeverse import forward_steps, treeverse
-from fxckpt.core.solvers.chain.dp import dp
+from fxckpt.core.solvers.chain.dp import LEVELS, dp
 from fxckpt.core.solvers.exact.exhaustive import exhaustive
 from fxckpt.core.solvers.exact.milp import milp
 from fxckpt.core.solvers.search.polish import polish
@@ -76,7 +76,7 @@ def test_polish_stays_behind_exhaustive(graph: Graph, ratio: float) -> None:
     plain_bytes = simulate(graph, plain(graph)).peak_bytes
     budget_bytes = int(graph.static_bytes + ratio * (plain_bytes - graph.static_bytes))
     optimum = simulate(graph, exhaustive(graph, budget_bytes))
-    polished = simulate(graph, polish(graph, plain(graph), budget_bytes))
+    polished = simulate(graph, polish(graph, plain(graph), budget_bytes, search=LEVELS["default"].search))
     if polished.peak_bytes <= budget_bytes:
         assert optimum.peak_bytes <= budget_bytes
         assert optimum.step_us <= polished.step_us

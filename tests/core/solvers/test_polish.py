@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Literal
 
 import pytest
 from hypothesis import given, settings
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.core.schedule import Schedule, check, plain
 from fxckpt.core.simulate import simulate
+from fxckpt.core.solvers.chain.dp import LEVELS, Effort
 from fxckpt.core.solvers.keep import schedule_keeping
 from fxckpt.core.solvers.search.moves import remove, shift, window
 from fxckpt.core.solvers.search.polish import polish
@@ -75,13 +75,11 @@ def random_edit(tape: Tape, rng: Random) -> None:
 @pytest.mark.parametrize("effort", ["fast", "default"])
 @settings(max_examples=60)
 @given(case=graphs_with_schedules(), ratio=st.floats(0, 1.1))
-def test_polish_fits_and_is_never_slower(
-    effort: Literal["fast", "default"], case: tuple[Graph, Schedule], ratio: float
-) -> None:
+def test_polish_fits_and_is_never_slower(effort: Effort, case: tuple[Graph, Schedule], ratio: float) -> None:
     graph, schedule = case
     before = simulate(graph, schedule)
     budget_bytes = int(graph.static_bytes + ratio * (before.peak_bytes - graph.static_bytes))
-    after = simulate(graph, polish(graph, schedule, budget_bytes, effort=effort))
+    after = simulate(graph, polish(graph, schedule, budget_bytes, search=LEVELS[effort].search))
     if before.peak_bytes <= budget_bytes:
         assert after.peak_bytes <= budget_bytes
         assert after.step_us <= before.step_us
@@ -94,21 +92,22 @@ def test_polish_fits_and_is_never_slower(
 def test_the_same_call_gives_the_same_schedule(case: tuple[Graph, Schedule]) -> None:
     graph, schedule = case
     budget_bytes = simulate(graph, schedule).peak_bytes
-    assert polish(graph, schedule, budget_bytes) == polish(graph, schedule, budget_bytes)
+    first, second = (polish(graph, schedule, budget_bytes, search=LEVELS["default"].search) for _ in range(2))
+    assert first == second
 
 
 def test_repeats_that_the_budget_does_not_need_go() -> None:
     graph = chain()
     wasteful = schedule_keeping(graph, ())
     enough = simulate(graph, plain(graph)).peak_bytes
-    assert polish(graph, wasteful, enough, effort="fast").order == plain(graph).order
+    assert polish(graph, wasteful, enough).order == plain(graph).order
 
 
 def test_the_dearest_repeat_that_can_go_goes_first() -> None:
     graph = chain((10, 10, 10, 10))
     schedule = Schedule((0, 1, 2, 3, 4, 3, 5, 0, 6, 7, 8, 9), 5)
     budget_bytes = simulate(graph, schedule).peak_bytes
-    assert not polish(graph, schedule, budget_bytes, effort="fast").repeats()
+    assert not polish(graph, schedule, budget_bytes).repeats()
 
 
 def test_a_large_gradient_waits_until_there_is_room() -> None:
@@ -126,5 +125,5 @@ def test_a_large_gradient_waits_until_there_is_room() -> None:
         Op("small", "b", (1, 2), (4,)),
     )
     graph = Graph(ops, storages, 1, gradients=(3, 4))
-    polished = polish(graph, plain(graph), graph.static_bytes + 70, effort="fast")
+    polished = polish(graph, plain(graph), graph.static_bytes + 70)
     assert polished.order == (0, 2, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from fxckpt.core.graph import Graph
 from fxckpt.core.schedule import Schedule, plain
 from fxckpt.core.simulate import simulate
-from fxckpt.core.solvers import ORACLES, SOLVERS, solve
+from fxckpt.core.solvers import SOLVERS, Method, solve
 from fxckpt.core.solvers.chain.blocks import Blocks
 from fxckpt.core.solvers.chain.dp import dp, frontier
 from fxckpt.core.solvers.exact.exhaustive import exhaustive
@@ -24,7 +25,9 @@ from fxckpt.core.solvers.segments import Where, cut
 from fxckpt.errors import InfeasibleBudgetError, SolverError
 from tests.support.strategies import chain, graphs, training_steps
 
-UNNAMED = sorted(name for name in SOLVERS if name not in ORACLES and name != "collection")  # need no options
+UNNAMED = sorted(
+    name for name, method in SOLVERS.items() if not method.exact and name != "collection"
+)  # need no options
 SEARCHING = ("auto", "dp", "uniform", "sqrt", "treeverse")  # use the budget to choose
 
 steps = st.one_of(graphs(), training_steps())
@@ -45,12 +48,26 @@ def feasible(graph: Graph, budget_bytes: int, solver: str) -> float | None:
         return None
 
 
+@pytest.mark.parametrize("method", SOLVERS.values(), ids=list(SOLVERS))
+def test_what_is_said_of_a_solver_is_true(method: Method) -> None:
+    options = inspect.signature(method.function).parameters
+    assert ("effort" in options) == method.searches
+    if method.frontier is not None:
+        assert "effort" in inspect.signature(method.frontier.function).parameters
+        assert SOLVERS[method.frontier.solver].frontier is method.frontier
+    if method.exact:
+        graph = chain((10, 20, 40))
+        budget_bytes = simulate(graph, plain(graph)).peak_bytes - 17
+        best = simulate(graph, exhaustive(graph, budget_bytes, reorder=False))
+        assert simulate(graph, method.function(graph, budget_bytes)).step_us == best.step_us > graph.step_us
+
+
 @pytest.mark.parametrize("solver", UNNAMED)
 @settings(max_examples=20)
 @given(graph=steps, ratio=st.floats(0, 1))
 def test_what_a_solver_returns_is_valid_and_keeps_its_word(solver: str, graph: Graph, ratio: float) -> None:
     budget_bytes = int(ratio * simulate(graph, plain(graph)).peak_bytes)
-    schedule = SOLVERS[solver](graph, budget_bytes)
+    schedule = SOLVERS[solver].function(graph, budget_bytes)
     floor_bytes = simulate(graph, schedule).peak_bytes
     assert schedule.order[: schedule.forward_steps] == tuple(range(graph.forward_count))
     if floor_bytes <= budget_bytes:
@@ -136,16 +153,16 @@ def test_blocks_are_alike_if_ops_sizes_and_times_are() -> None:
 
 def test_uniform_keeps_every_kth_boundary() -> None:
     graph = chain((10, 10, 10, 10, 10), last_bytes=10)
-    schedule = SOLVERS["uniform"](graph, 0, k=2)
+    schedule = SOLVERS["uniform"].function(graph, 0, k=2)
     assert schedule.repeats() == {0: 1, 2: 1, 4: 1}
-    assert SOLVERS["uniform"](graph, 0, k=1) == plain(graph)
+    assert SOLVERS["uniform"].function(graph, 0, k=1) == plain(graph)
     with pytest.raises(SolverError, match="at least 1"):
-        SOLVERS["uniform"](graph, 0, k=0)
+        SOLVERS["uniform"].function(graph, 0, k=0)
 
 
 def test_sqrt_needs_less_than_everything_on_a_long_chain() -> None:
     graph = chain((10,) * 36, weight_bytes=0, last_bytes=10)
-    timeline = simulate(graph, SOLVERS["sqrt"](graph, 0))
+    timeline = simulate(graph, SOLVERS["sqrt"].function(graph, 0))
     assert timeline.peak_bytes < 0.5 * simulate(graph, plain(graph)).peak_bytes
     assert set(timeline.schedule.repeats().values()) == {1}
 
@@ -153,8 +170,8 @@ def test_sqrt_needs_less_than_everything_on_a_long_chain() -> None:
 def test_selective_recomputes_what_has_no_flops() -> None:
     graph = chain((10, 20, 40))
     cheap = replace(graph, ops=tuple(replace(op, flops=0) if op.name == "f1" else op for op in graph.ops))
-    assert SOLVERS["selective"](graph, 0) == plain(graph)
-    assert SOLVERS["selective"](cheap, 0).repeats() == {1: 1}
+    assert SOLVERS["selective"].function(graph, 0) == plain(graph)
+    assert SOLVERS["selective"].function(cheap, 0).repeats() == {1: 1}
 
 
 def test_collection_keeps_what_it_is_told() -> None:
@@ -169,8 +186,8 @@ def test_collection_keeps_what_it_is_told() -> None:
 
 def test_deep_chains_are_recomputed_within_recomputation() -> None:
     graph = chain((10,) * 24, weight_bytes=0, last_bytes=10)
-    lowest = simulate(graph, SOLVERS["min_memory"](graph, 0))
-    single_level = simulate(graph, SOLVERS["sqrt"](graph, 0))
+    lowest = simulate(graph, SOLVERS["min_memory"].function(graph, 0))
+    single_level = simulate(graph, SOLVERS["sqrt"].function(graph, 0))
     assert lowest.peak_bytes < single_level.peak_bytes
     assert max(lowest.schedule.repeats().values()) > 1
 
@@ -178,7 +195,8 @@ def test_deep_chains_are_recomputed_within_recomputation() -> None:
 @settings(max_examples=15)
 @given(training_steps())
 def test_the_frontier_goes_from_the_floor_to_the_plain_step(graph: Graph) -> None:
-    timelines = [simulate(graph, schedule) for schedule in frontier(graph, effort="fast")]
+    timelines = frontier(graph, effort="fast")
+    assert timelines == [simulate(graph, timeline.schedule) for timeline in timelines]
     assert timelines[-1].recompute_us == 0
     for tight, loose in pairwise(timelines):
         assert tight.peak_bytes < loose.peak_bytes

@@ -43,7 +43,7 @@ def _greedy(segments: Segments, inside: list[int], size_bytes: float) -> list[in
 def _product(graph: Graph, segments: Segments, inside: list[int], size_bytes: float) -> float:
     """Bytes of the boundaries kept times those of the largest segment between them, at least 1 [B²]."""
     chosen = _greedy(segments, inside, size_bytes)
-    kept_bytes = sum(graph.storages[s].size_bytes for i in chosen for s in segments.boundaries[i])
+    kept_bytes = graph.bytes_of(s for i in chosen for s in segments.boundaries[i])
     ends = [0, *chosen, len(inside)]
     largest_bytes = max(sum(inside[a:b]) for a, b in pairwise(ends))
     return float(max(kept_bytes, 1) * max(largest_bytes, 1))
@@ -51,7 +51,7 @@ def _product(graph: Graph, segments: Segments, inside: list[int], size_bytes: fl
 
 def _bytes_written(graph: Graph, segments: Segments, index: int) -> int:
     ops = graph.ops[segments.forward_cuts[index] : segments.forward_cuts[index + 1]]
-    return sum(graph.storages[s].size_bytes for op in ops for s in op.writes)
+    return graph.bytes_of(s for op in ops for s in op.writes)
 
 
 def _keeping(graph: Graph, segments: Segments, chosen: tuple[int, ...]) -> Schedule:

@@ -102,6 +102,5 @@ def _grows(graph: Graph, index: int) -> bool:
 def _growth_bytes(graph: Graph, index: int) -> int:
     """Bytes that stay when the op has run, less those it needs until then, parameters and inputs aside [B]."""
     op = graph.ops[index]
-    reads = (graph.storages[s] for s in op.reads)
-    needed_bytes = sum(s.size_bytes for s in reads if s.kind not in RESIDENT)
-    return sum(graph.storages[s].size_bytes for s in op.writes) - needed_bytes
+    needed_bytes = graph.bytes_of(s for s in op.reads if graph.storages[s].kind not in RESIDENT)
+    return graph.bytes_of(op.writes) - needed_bytes

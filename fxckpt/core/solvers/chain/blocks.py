@@ -159,20 +159,20 @@ class Blocks:
 
         These are gradients that stay, pinned storages that are still needed, and what flows past.
         """
-        pinned_bytes = [self._bytes(self.held(i)) for i in range(len(self.segments))]
+        pinned_bytes = [self.graph.bytes_of(self.held(i)) for i in range(len(self.segments))]
         rest = []
         gradient_bytes = 0
         for index in reversed(range(len(self.segments))):
-            rest.append(gradient_bytes + sum(pinned_bytes[: index + 1]) + self._bytes(self.passing(index, index)))
-            gradient_bytes += self._bytes(
-                s for op in self._backward(index, index) for s in op.writes if s in self._staying
-            )
+            passing_bytes = self.graph.bytes_of(self.passing(index, index))
+            rest.append(gradient_bytes + sum(pinned_bytes[: index + 1]) + passing_bytes)
+            made = (s for op in self._backward(index, index) for s in op.writes)
+            gradient_bytes += self.graph.bytes_of(s for s in made if s in self._staying)
         return rest[::-1]
 
     def lasting_bytes(self) -> int:
         """Bytes of outputs, and of pinned storages that are read after the backward of their segments [B]."""
         held = {s for op in self.graph.ops[: self.graph.forward_count] for s in op.writes} & self._held
-        return self._bytes(held - {s for i in range(len(self.segments)) for s in self.held(i)})
+        return self.graph.bytes_of(held - {s for i in range(len(self.segments)) for s in self.held(i)})
 
     def held(self, index: int) -> tuple[int, ...]:
         """Pinned storages that a segment writes and that nothing reads after its backward."""
@@ -212,12 +212,9 @@ class Blocks:
             numbers=tuple(numbers),
             behind=before.reads,
             held=frozenset(numbers[s] for s in made if s in self._held),
-            inflow_bytes=self._bytes(inflow),
-            twice_bytes=self._bytes(self.passing(last, last) - passing),
+            inflow_bytes=self.graph.bytes_of(inflow),
+            twice_bytes=self.graph.bytes_of(self.passing(last, last) - passing),
         )
-
-    def _bytes(self, storages: Iterable[int]) -> int:
-        return sum(self.graph.storages[s].size_bytes for s in storages)
 
     def _part_storage(self, storage: int, kind: StorageKind) -> Storage:
         """A storage as it counts in a part: what comes from before the block and what is held weighs nothing."""

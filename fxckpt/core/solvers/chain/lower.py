@@ -16,7 +16,7 @@ from fxckpt.core.solvers.keep import closure, recomputing
 from fxckpt.core.solvers.segments import Segments
 
 
-def emit(graph: Graph, segments: Segments, blocks: Mapping[tuple[int, int], Block], steps: Iterable[Step]) -> Schedule:
+def lower(graph: Graph, segments: Segments, blocks: Mapping[tuple[int, int], Block], steps: Iterable[Step]) -> Schedule:
     """The schedule that carries out `steps` on the blocks of a cutting."""
     always = segments.pinned | frozenset(graph.outputs)
     live = set(always)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fxckpt.core.graph import Graph
 from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.core.solvers.chain.blocks import Block, Blocks
 from fxckpt.core.solvers.chain.chain import BlockCost, Chain, Link
-from fxckpt.core.solvers.chain.lower import emit
+from fxckpt.core.solvers.chain.lower import lower
 from fxckpt.core.solvers.segments import Segments
 
 Prices = dict[object, BlockCost]
 """What blocks cost, by `Block.key`."""
 
-_MOST_WORK = 4_000_000  # ops to simulate along a whole curve
+_MOST_WORK = 4_000_000  # ops to simulate along all of one cutting's
 _MARGIN = 1.03  # how much the table's peaks may be above the simulated ones
 
 
@@ -34,7 +33,7 @@ class Fineness:
     slots: int
 
 
-class Curve:
+class Offers:
     """The schedules of one cutting.
 
     Args:
@@ -94,7 +93,7 @@ class Curve:
 
     def _timeline(self, slot: int) -> Timeline:
         if slot not in self._timelines:
-            schedule = emit(self.graph, self.segments, self._blocks, self._chain.steps(slot))
+            schedule = lower(self.graph, self.segments, self._blocks, self._chain.steps(slot))
             self._timelines[slot] = simulate(self.graph, schedule)
         return self._timelines[slot]
 
@@ -121,7 +120,7 @@ def _links(graph: Graph, segments: Segments, singles: list[Block], rest_bytes: l
         links.append(
             Link(
                 kind=kinds.setdefault((block.key, weight_bytes), len(kinds)),
-                boundary_bytes=_bytes(graph, segments.boundaries[index]),
+                boundary_bytes=graph.bytes_of(segments.boundaries[index]),
                 inflow_bytes=block.inflow_bytes,
                 weight_bytes=weight_bytes,
                 forward_us=time_us,
@@ -129,7 +128,3 @@ def _links(graph: Graph, segments: Segments, singles: list[Block], rest_bytes: l
             )
         )
     return tuple(links)
-
-
-def _bytes(graph: Graph, storages: Iterable[int]) -> int:
-    return sum(graph.storages[s].size_bytes for s in storages)

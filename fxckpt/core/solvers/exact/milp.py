@@ -158,9 +158,6 @@ class _Program:
         for key, value in terms.items():
             total[key] = total.get(key, 0.0) + size_bytes * value
 
-    def _replay_bytes(self, index: int) -> int:
-        return sum(self.graph.storages[s].size_bytes for s in self.graph.ops[index].replay)
-
     def _forward_memory(self) -> None:
         graph, count = self.graph, self.graph.forward_count
         last = {s: max((r for r in readers if r < count), default=-1) for s, readers in self.readers.items()}
@@ -176,7 +173,7 @@ class _Program:
                 self._add(total, alive, info.size_bytes)
             for index, later in self.Q[0].items():
                 if index <= position:
-                    self._add(total, later, self._replay_bytes(index))
+                    self._add(total, later, graph.bytes_of(graph.ops[index].replay))
             self.memory.append(total)
 
     def _stage(self, stage: int) -> None:
@@ -195,7 +192,7 @@ class _Program:
         for index in {*self.Q[stage], *self.Q[stage + 1]}:
             for position, total in totals.items():
                 later = self.Q[stage] if position <= index != own else self.Q[stage + 1]
-                self._add(total, later.get(index, {}), self._replay_bytes(index))
+                self._add(total, later.get(index, {}), graph.bytes_of(graph.ops[index].replay))
         self.memory += totals.values()
 
     def _life(self, stage: int, storage: int, positions: list[int]) -> dict[int, Row]:

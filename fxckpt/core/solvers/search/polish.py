@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
-from typing import Literal
 
 from fxckpt.core.graph import Graph
 from fxckpt.core.schedule import Schedule, plain
@@ -30,8 +29,8 @@ _MOST_EDITS = 200_000  # after which `trim` leaves the rest, in schedules of ten
 
 
 @dataclass(frozen=True, slots=True)
-class Effort:
-    """How long to search.
+class Search:
+    """How long to search. With nothing but zeros each start is only tightened and trimmed, which takes milliseconds.
 
     Attributes:
         choices: how many minimum cuts of the whole graph are tried as starts besides the schedule given.
@@ -47,11 +46,8 @@ class Effort:
     moves: int = 0
 
 
-EFFORTS: dict[str, Effort] = {
-    "fast": Effort(),
-    "default": Effort(choices=8, exchanged=2, annealed=1, restarts=2, moves=400),
-    "max": Effort(choices=40, exchanged=10, annealed=3, restarts=6, moves=1500),
-}
+SHORT = Search()
+"""The shortest search."""
 
 
 def polish(
@@ -59,7 +55,7 @@ def polish(
     schedule: Schedule,
     budget_bytes: int,
     *,
-    effort: Literal["fast", "default", "max"] = "default",
+    search: Search = SHORT,
     others: Iterable[Schedule] = (),
 ) -> Schedule:
     """A schedule that is at most as slow as the one given and fits the budget, if that can be reached.
@@ -68,25 +64,24 @@ def polish(
         graph: the training step.
         schedule: a valid schedule of it.
         budget_bytes: the most its peak may be, as `simulate` counts [B].
-        effort: "fast" takes milliseconds, "default" a second or two for some hundred ops, "max" up to a minute. All
-            are bounded by numbers of edits, so the same call always gives the same schedule.
+        search: how long to search. It is bounded by numbers of edits, so the same call always gives the same schedule.
         others: valid schedules to start from too, over the budget or not.
 
     Returns:
         A valid schedule. If the one given fits, so does the result, and it takes no more time. If it does not, the
         result fits at the price of more recomputation, or has the lowest peak that was met.
     """
-    wiring, level = Wiring(graph), EFFORTS[effort]
+    wiring = Wiring(graph)
     found = [schedule, *(greedy(wiring, one, budget_bytes) for one in (schedule, *others))]
-    if level.choices and schedule.order and len(graph.ops) <= _MOST_OPS:
-        found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, level.choices)]
+    if search.choices and schedule.order and len(graph.ops) <= _MOST_OPS:
+        found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, search.choices)]
 
     def best(number: int) -> list[Schedule]:
         return sorted(found, key=lambda one: _rank(graph, one, budget_bytes))[:number]
 
-    found += [_exchanged(wiring, one, budget_bytes) for one in best(level.exchanged)]
-    restarts, moves = level.restarts, level.moves
-    found += [anneal(wiring, one, budget_bytes, restarts=restarts, moves=moves) for one in best(level.annealed)]
+    found += [_exchanged(wiring, one, budget_bytes) for one in best(search.exchanged)]
+    restarts, moves = search.restarts, search.moves
+    found += [anneal(wiring, one, budget_bytes, restarts=restarts, moves=moves) for one in best(search.annealed)]
     return best(1)[0]
 
 
