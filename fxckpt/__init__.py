@@ -4,7 +4,7 @@
     fxckpt.print_plan(model)
 
 A budget in bytes of peak memory, the same gradients, the least time. Names are imported when they are first used, so
-that the planning core can be used without torch.
+that the planning core can be used without torch. Every exception and warning of fxckpt is here too.
 """
 
 from __future__ import annotations
@@ -15,14 +15,44 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fxckpt.api import advise, benchmark, graphs, max_batch, measure, optimize, pareto, plan, print_plan
     from fxckpt.core.plans import Plan
-    from fxckpt.errors import FxckptError, InfeasibleBudgetError
+    from fxckpt.errors import (
+        BudgetError,
+        CaptureError,
+        CheckpointingBypassedWarning,
+        CostCacheError,
+        FxckptError,
+        InfeasibleBudgetError,
+        InvalidScheduleError,
+        MissingExtraError,
+        OverBudgetWarning,
+        PlanBypassedWarning,
+        PlanFormatError,
+        PlanMismatchError,
+        RuntimeContractError,
+        SolverError,
+        VerificationError,
+    )
 
 __version__ = "0.1.0"
+"""The only place where it is written: the build reads it here."""
 
 __all__ = [
+    "BudgetError",
+    "CaptureError",
+    "CheckpointingBypassedWarning",
+    "CostCacheError",
     "FxckptError",
     "InfeasibleBudgetError",
+    "InvalidScheduleError",
+    "MissingExtraError",
+    "OverBudgetWarning",
     "Plan",
+    "PlanBypassedWarning",
+    "PlanFormatError",
+    "PlanMismatchError",
+    "RuntimeContractError",
+    "SolverError",
+    "VerificationError",
     "advise",
     "benchmark",
     "graphs",
@@ -34,15 +64,19 @@ __all__ = [
     "print_plan",
 ]
 
-_HOMES = {"FxckptError": "errors", "InfeasibleBudgetError": "errors", "Plan": "core.plans"}
-"""Where names live that are not in `api`."""
-
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'api')}"), name)
+    return getattr(import_module(f"{__name__}.{_home(name)}"), name)
+
+
+def _home(name: str) -> str:
+    """The module that a name is in."""
+    if name.endswith(("Error", "Warning")):
+        return "errors"
+    return "core.plans" if name == "Plan" else "api"
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, "__version__"])
