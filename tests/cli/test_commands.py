@@ -85,6 +85,20 @@ def test_plan_takes_a_solver_and_the_state_of_gradients(capsys: pytest.CaptureFi
     assert "layers.7" in shown
 
 
+def test_plan_takes_a_device_an_optimizer_and_a_reserve(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["plan", "users_model:build", "--memory-budget", "1GB", "--output", "plan.json"]
+    plans = []
+    for more in ([], ["--device", "H100"], ["--reserve", "1MB"], ["--optimizer", "AdamW"]):
+        assert main([*command, *more]) == 0
+        plans.append(Plan.from_json(Path("plan.json").read_text(encoding="utf-8")))
+    usual, fast, reserved, stepped = plans
+    assert fast.predicted.step_us < usual.predicted.step_us
+    assert reserved.predicted.peak_bytes == usual.predicted.peak_bytes + 10**6
+    assert stepped.graph.reserved_bytes == 2 * 8 * 4 * (64 * 64 + 64) + 16 * 4
+    assert main([*command, "--device", "Z80"]) == 2
+    assert "no device 'Z80'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("function", "budget", "message"),
     [
