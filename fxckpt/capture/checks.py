@@ -7,36 +7,16 @@ they differ, whoever runs the step runs the model's plain forward instead: it kn
 
 from __future__ import annotations
 
-import contextlib
 import dis
 from bisect import bisect_right
-from collections.abc import Iterator
 from types import FrameType
-from unittest import mock
 
-import torch
 from torch import Tensor
-from torch._library.simple_registry import singleton
 
 from fxckpt.upstream.ops.expect import EXPECT
 
 _PASSED = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
 """Instructions that may stand between a question and the branch that it decides."""
-_OWN = {EXPECT, torch.ops.aten._linalg_check_errors.default, torch.ops.aten._assert_async.default}
-
-
-@contextlib.contextmanager
-def checks_kept() -> Iterator[None]:
-    """Ops that look at values and raise are ops like others, without a result; tracing keeps them all the same.
-
-    Torch would hand values from one to the next to keep them in order, or leave them out.
-    """
-    impure = torch.fx.node._side_effectful_functions | _OWN
-    with (
-        mock.patch.object(singleton.find("aten::_linalg_check_errors").effect, "_effect", None),
-        mock.patch.object(torch.fx.node, "_side_effectful_functions", impure),
-    ):
-        yield
 
 
 def answer_without_error(tensor: Tensor, frame: FrameType) -> bool | None:

@@ -14,20 +14,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from fxckpt.capture.checks import answer_without_error
+from fxckpt.upstream import pytree
+from fxckpt.upstream.dispatch import describes_op, really_computed
+from fxckpt.upstream.fakes import traced_tensors_have
+from fxckpt.upstream.generators import DrawsRefused, RandomDraw
+from fxckpt.upstream.patching import attribute_replaced
 
 _MADE_OF_NOTHING: frozenset[Any] = frozenset(
     {
@@ -73,7 +74,7 @@ _CHANGES = frozenset(
     f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
 ) | {"__setitem__", "__set__"}
 _UNKNOWN_PARTS = ("empty", "resize")
-_FAILURES = (RuntimeError, IndexError, ValueError)
+_FAILURES = (RuntimeError, IndexError, ValueError, RandomDraw)
 _MOST_ELEMENTS = 2**20
 _WARNS = "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
@@ -122,7 +123,7 @@ class Constants(TorchFunctionMode):
         for number, argument in enumerate(arguments):
             if not _may_be_mask(argument):
                 continue
-            with _really():  # what is not known is computed as zeros, and not told
+            with really_computed():  # what is not known is computed as zeros, and not told
                 number_or_zero, device = self._values[number] or 0, _real(argument.device)
                 value = torch.full(argument.shape, number_or_zero, dtype=argument.dtype, device=device)
             self._known[argument] = _Known(value, frozenset({number}))
@@ -133,11 +134,10 @@ class Constants(TorchFunctionMode):
             "item": lambda x: Tensor.item(x) if x.dtype is not torch.bool else self._truth(x, sys._getframe(1)),
             "__bool__": lambda x: self._truth(x, sys._getframe(1)),
         }
-        for name, method in reads.items():
-            self._patches.enter_context(mock.patch.object(FunctionalTensor, name, method))
+        self._patches.enter_context(traced_tensors_have(**reads))
         model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
         if hasattr(model, _WARNS):
-            self._patches.enter_context(mock.patch.object(model, _WARNS, mock.Mock()))
+            self._patches.enter_context(attribute_replaced(model, _WARNS, _says_nothing))
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
@@ -148,9 +148,9 @@ class Constants(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch._C._meta_in_tls_dispatch_include():  # within torch's description of an op
+        if describes_op():
             return func(*args, **kwargs)
-        given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = pytree.tensors_in((args, kwargs))
         read = given[1:] if func in _MADE_OF_A_FORM else given
         known = all(x in self._known for x in read) and (bool(given) or func in _MADE_OF_NOTHING)
         arguments = frozenset[int]().union(*(self._known[x].arguments for x in read if x in self._known))
@@ -186,22 +186,21 @@ class Constants(TorchFunctionMode):
         arguments: frozenset[int],
     ) -> None:
         """Compute what was just traced; values of results that are too large, or drawn at random, are not known."""
-        made = [x for x in pytree.tree_leaves(result) if isinstance(x, Tensor)]
+        made = pytree.tensors_in(result)
         if not made and not _changes(func, kwargs):
             return
-        values: list[Any] = []
-        drawn: list[bool] = []
+        values: list[Tensor] = []
         if sum(x.numel() for x in made) <= _MOST_ELEMENTS:
-            with contextlib.suppress(*_FAILURES), _really(), _noting_draws(drawn):
-                values = [x for x in pytree.tree_leaves(self._compute(func, args, kwargs)) if isinstance(x, Tensor)]
-        if len(values) == len(made) and not drawn:
+            with contextlib.suppress(*_FAILURES):
+                values = pytree.tensors_in(self._compute(func, args, kwargs))
+        if len(values) == len(made):
             for tensor, value in zip(made, values, strict=True):
                 self._known[tensor] = _Known(value, arguments)
         elif _changes(func, kwargs):
             self._known.clear()
 
     def _compute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        with _really():
+        with really_computed(), DrawsRefused():
             args, kwargs = pytree.tree_map(self._value, (args, kwargs))
             return func(*args, **kwargs)
 
@@ -227,26 +226,5 @@ def _name(func: Callable[..., Any]) -> str:
     return getattr(func, "__name__", "")
 
 
-@contextlib.contextmanager
-def _really() -> Iterator[None]:
-    """Nothing is traced: tensors hold numbers."""
-    with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
-        yield
-
-
-@contextlib.contextmanager
-def _noting_draws(drawn: list[bool]) -> Iterator[None]:
-    """Put random-number generators back as they were, and note if one was used."""
-    generators = [torch.default_generator, *_cuda_generators()]
-    before = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            if not torch.equal(generator.get_state(), state):
-                generator.set_state(state)
-                drawn.append(True)
-
-
-def _cuda_generators() -> Iterable[torch.Generator]:
-    return torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+def _says_nothing(*_: Any, **__: Any) -> None:
+    """Stands for a method that only warns."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import traceback
 
-from torch._subclasses.fake_tensor import (
+from fxckpt.capture.provenance import is_users
+from fxckpt.errors import CaptureError
+from fxckpt.upstream.fakes import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     UnsupportedOperatorException,
 )
-
-from fxckpt.capture.provenance import is_users
-from fxckpt.errors import CaptureError
 
 _REMEDIES: tuple[tuple[type[BaseException], str, str], ...] = (
     (

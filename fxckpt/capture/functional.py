@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx.experimental import proxy_tensor
 
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.traces import Place, unchanged
-from fxckpt.upstream.tensors import storage_key
+from fxckpt.upstream.dispatch import is_traced
+from fxckpt.upstream.hooks import buffers_of, parameters_of
+from fxckpt.upstream.operators import UNSAFE_VIEW
+from fxckpt.upstream.tensors import is_view, storage_key
 
 
 class FunctionalModel(nn.Module):
@@ -58,7 +60,7 @@ class FunctionalModel(nn.Module):
         With one cast for all its uses, a weight's gradients are added up in the lower precision. While torch only looks
         how outputs come from inputs, before it traces, nothing is differentiated.
         """
-        if not traced.requires_grad or traced.is_leaf or proxy_tensor.get_proxy_mode() is None:
+        if not traced.requires_grad or traced.is_leaf or not is_traced():
             return traced
         if id(traced) not in self.leaves:
             self.leaves[id(traced)] = traced, traced.detach().requires_grad_()
@@ -68,7 +70,7 @@ class FunctionalModel(nn.Module):
     def _parameters_as_leaves(self) -> Iterator[None]:
         places = [
             (held, name, parameter)
-            for held in (module._parameters for module in self.model.modules())
+            for held in map(parameters_of, self.model.modules())
             for name, parameter in held.items()
             if parameter is not None
         ]
@@ -101,8 +103,8 @@ def _told_apart(outputs: list[torch.Tensor], given_memory: set[int | None]) -> l
         if id(output) in own or output.layout is not torch.strided:
             continue
         memory = storage_key(output)
-        apart = memory not in given_memory and (output._base is not None or memory in seen)
-        own[id(output)] = torch.ops.aten._unsafe_view(output, output.shape) if apart else output
+        apart = memory not in given_memory and (is_view(output) or memory in seen)
+        own[id(output)] = UNSAFE_VIEW(output, output.shape) if apart else output
         seen.add(memory)
     return [own.get(id(output), output) for output in outputs]
 
@@ -112,7 +114,7 @@ def _aliases(model: nn.Module) -> list[tuple[Place, Place]]:
     first: dict[int, Place] = {}
     found = []
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
+        for held in (parameters_of(module), buffers_of(module)):
             for name, tensor in held.items():
                 if tensor is not None and id(tensor) in first:
                     found.append(((held, name), first[id(tensor)]))

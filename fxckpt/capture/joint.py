@@ -1,29 +1,18 @@
-"""Capture a model's forward and backward as one fx graph of ATen ops.
-
-This package knows torch's private interfaces for capture; `fxckpt.runtime.autograd` knows those for running.
-"""
+"""Capture a model's forward and backward as one fx graph of ATen ops."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
-import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch._functorch import config as functorch_config
-from torch._functorch._aot_autograd import collect_metadata_analysis, graph_capture_wrappers
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch.fx.experimental import proxy_tensor
 
-from fxckpt.capture.checks import checks_kept
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
@@ -32,14 +21,18 @@ from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.errors import CaptureError
+from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
 from fxckpt.upstream.checkpointed import checkpointing_bypassed
+from fxckpt.upstream.fakes import descriptions_apart
 from fxckpt.upstream.kernels import own_kernels
 from fxckpt.upstream.meta import made_present
+from fxckpt.upstream.ops.expect import checks_kept
 from fxckpt.upstream.ops.layout import LAID_OUT
 from fxckpt.upstream.strides import right_strides
 
 _ONE_AT_A_TIME = threading.RLock()
-"""Tracing sets flags and replaces functions for the whole process."""
+"""Patches are seen by the capturing thread alone, but what torch numbers and names while it traces is not: others that
+capture wait."""
 
 
 @dataclass(frozen=True)
@@ -101,14 +94,12 @@ def capture(
         constants,
         contextlib.ExitStack() as stack,
     ):
-        if device.type != "cuda":
-            stack.enter_context(right_strides())
+        stack.enter_context(descriptions_apart("on CUDA") if device.type == "cuda" else right_strides())
         stack.enter_context(_backward_from(traced, tangents))
-        joint = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
+        module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs
     if outputs is None:
         raise CaptureError("the model's forward was never called while it was captured")
-    module, metadata = joint.graph_module, joint._aot_state.fw_metadata
     clean(module)
     roles, places = read_roles(module.graph, metadata), of_nodes(module.graph)
     return JointGraph(module, roles, inputs, outputs, places, device, frozenset(constants.asked))
@@ -121,18 +112,15 @@ def _backward_from(traced: FunctionalModel, tangents: Mapping[int, tuple[int, ..
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
     one call of `torch.autograd.grad`; outputs that are left out of that call get no gradient at all, as in eager.
     """
-    original = torch.autograd.grad
 
-    def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
-        if sys._getframe(1).f_code.co_filename != graph_capture_wrappers.__file__:
-            return original(outputs, inputs, grad_outputs, **options)
+    def grad(original: Any, outputs: Any, inputs: Any, grad_outputs: Any, **options: Any) -> Any:
         chosen = _likely_differentiated(traced.outputs, outputs) if tangents is None else tangents
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
         grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
         inputs = [traced.leaves[id(x)][1] if id(x) in traced.leaves else x for x in inputs]
         return original(outputs, inputs, grad_outputs, **options)
 
-    with mock.patch("torch.autograd.grad", grad):
+    with backward_replaced(grad):
         yield
 
 
@@ -160,40 +148,30 @@ def _has_loss(structure: Structure) -> bool:
     return "loss" in value if isinstance(value, Mapping) else hasattr(value, "loss")
 
 
-_FLAGS = ((), ("_is_compiling_flag",), ("_is_compiling_flag", "_is_exporting_flag"))
+_TOLD: tuple[Callable[[], contextlib.AbstractContextManager[None]], ...] = (
+    contextlib.nullcontext,
+    said_to_compile,
+    functools.partial(said_to_compile, exporting=True),
+)
 """What a model is told that asks whether it is being compiled: first no, so that it computes what it does in eager;
 then yes, since models then avoid to read data."""
 
 
-_WITHOUT_AUTOCAST_CACHE = (proxy_tensor, collect_metadata_analysis)
-"""Where tracing turns off autocast's cache, by which eager casts a weight once however often it is used: its gradients
-are then added up in the lower precision."""
-
-
-def _unchecked(*_: Any) -> None:
-    """Stands for a check of values, which a model that is being compiled makes as a hint to the compiler."""
-
-
-def _export(stack: contextlib.ExitStack, traced: FunctionalModel, tensors: list[torch.Tensor]) -> Any:
-    """Export the joint graph with the first flags that allow it."""
+def _export(
+    stack: contextlib.ExitStack, traced: FunctionalModel, tensors: list[torch.Tensor]
+) -> tuple[fx.GraphModule, Any]:
+    """Export the joint graph with the first answers that allow it; also returns AOTAutograd's metadata."""
     stack.enter_context(torch.enable_grad())
     stack.enter_context(own_kernels())
     stack.enter_context(checks_kept())
-    stack.enter_context(warnings.catch_warnings())
-    warnings.simplefilter("ignore")  # what the model has to say it says when it runs
-    stack.enter_context(functorch_config.patch(backward_pass_autocast="off"))  # eager's backward runs outside autocast
-    for module in _WITHOUT_AUTOCAST_CACHE:
-        stack.enter_context(mock.patch.object(module, "disable_autocast_cache", contextlib.nullcontext))
     failures: list[Exception] = []
-    for flags in _FLAGS:
+    for told in _TOLD:
         try:
             with contextlib.ExitStack() as attempt:
-                for flag in flags:
-                    attempt.enter_context(mock.patch(f"torch.compiler.{flag}", True))
-                    attempt.enter_context(mock.patch("torch._check_tensor_all", _unchecked))
-                joint = aot_export_joint_with_descriptors(attempt, traced, tuple(tensors))
+                attempt.enter_context(told())
+                graph = attempt.enter_context(exported(traced, tensors))
                 stack.push(attempt.pop_all())
-                return joint
+                return graph
         except Exception as error:
             failures.append(error)
     raise explain(failures[1]) from failures[1]

@@ -7,13 +7,15 @@ import operator
 import torch
 from torch import fx
 
+from fxckpt.upstream.operators import HigherOrderOperator, changes_arguments, is_operator, returns_nothing
+
 _NEVER_REPEATED_NAMESPACES = frozenset(("_c10d_functional", "c10d", "c10d_functional"))
 _RANDOM_ATEN = (torch.Tag.nondeterministic_seeded,)
 
 
 def is_random(node: fx.Node) -> bool:
     """Whether the op draws from the random-number generator."""
-    return isinstance(node.target, torch._ops.OpOverload) and any(t in node.target.tags for t in _RANDOM_ATEN)
+    return is_operator(node.target) and any(t in node.target.tags for t in _RANDOM_ATEN)
 
 
 def has_effects(node: fx.Node) -> bool:
@@ -21,12 +23,12 @@ def has_effects(node: fx.Node) -> bool:
     if is_random(node) or is_collective(node):
         return True
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and (target._schema.is_mutable or not target._schema.returns)
+    return is_operator(target) and (changes_arguments(target) or returns_nothing(target))
 
 
 def is_collective(node: fx.Node) -> bool:
     """Whether the op communicates with other processes."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in _NEVER_REPEATED_NAMESPACES
+    return is_operator(node.target) and node.target.namespace in _NEVER_REPEATED_NAMESPACES
 
 
 def why_pinned(node: fx.Node) -> str:
@@ -34,12 +36,12 @@ def why_pinned(node: fx.Node) -> str:
     target = node.target
     if is_collective(node):
         return "it communicates with other processes"
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return f"{target.name()} is opaque"
-    if isinstance(target, torch._ops.OpOverload):
-        if target._schema.is_mutable:
+    if is_operator(target):
+        if changes_arguments(target):
             return "it changes its arguments"
-        if not target._schema.returns:
+        if returns_nothing(target):
             return "it looks at values and may raise an error"
         if torch.Tag.nondeterministic_bitwise in target.tags:
             return "it may give another result when run again"

@@ -18,6 +18,8 @@ from torch import fx, nn
 from torch.fx import traceback as fx_traceback
 from torch.overrides import TorchFunctionMode
 
+from fxckpt.upstream.hooks import is_call_of_module
+
 _KEY = "fxckpt"
 _LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -37,8 +39,8 @@ class Provenance(TorchFunctionMode):
     ) -> Any:
         place = locate(self._modules)
         if place != ("", ""):
-            custom = fx_traceback.current_meta.get("custom", {})
-            fx_traceback.current_meta["custom"] = {**custom, _KEY: place}
+            meta = fx_traceback.get_current_meta()
+            meta["custom"] = {**meta.get("custom", {}), _KEY: place}
         return func(*args, **(kwargs or {}))
 
 
@@ -52,7 +54,7 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
         if not source and is_users(code.co_filename):
             source = f"{code.co_filename}:{frame.f_lineno}"
         names_self = "self" in code.co_varnames or "self" in code.co_freevars  # else spare the dict of locals
-        if module is None and names_self and code.co_name != "_call_impl":
+        if module is None and names_self and not is_call_of_module(code):
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module):
                 module = modules.get(id(owner))

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch._aot_autograd import descriptors as aot
-from torch._functorch._aot_autograd.schemas import OutputType
 
 from fxckpt.errors import CaptureError
+from fxckpt.upstream import aot
+from fxckpt.upstream.aot import OutputType
 
 
 class InputKind(Enum):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxckpt.errors import CaptureError
+from fxckpt.upstream.pytree import is_namedtuple_instance, node_kind
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, type)
 
@@ -86,12 +86,12 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> Structure:
     if isinstance(value, _PLAIN):
         return Structure("constant", (type(value), value))
     kind = type(value)
-    if pytree.is_namedtuple_instance(value):
+    if is_namedtuple_instance(value):
         return Structure("node", _Node.named_tuple(kind), tuple(_take_apart(child, tensors) for child in value))
-    handler = pytree.SUPPORTED_NODES.get(kind)
+    handler = node_kind(kind)
     if handler is not None:
-        children, context = handler.flatten_fn(value)
-        node = _Node(kind, _hashable(context), handler.unflatten_fn)
+        children, context = handler.flatten(value)
+        node = _Node(kind, _hashable(context), handler.unflatten)
         return Structure("node", node, tuple(_take_apart(child, tensors) for child in children))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))

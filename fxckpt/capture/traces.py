@@ -6,12 +6,12 @@ import contextlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 from fxckpt.errors import CaptureError
+from fxckpt.upstream.generators import generators_kept
 
 Place = tuple[dict[str, Any], str]
 """Where something is found: a dictionary and a key."""
@@ -21,16 +21,15 @@ Place = tuple[dict[str, Any], str]
 def unchanged(model: nn.Module, expected: list[Place]) -> Iterator[None]:
     """Undo what forward leaves on the model: attributes, entries of dictionaries, hooks; and random-number state.
 
-    Fake tensors draw no random numbers, but the model's own Python code may. Tensors are `expected` in some places.
+    Tensors are `expected` in some places.
 
     Raises:
         CaptureError: forward stores tensors on the model.
         NotImplementedError: it seeds the random-number generator.
     """
     before = [(module, held, dict(held)) for module in model.modules() for held in _dictionaries(module)]
-    state = torch.get_rng_state()
     try:
-        with mock.patch("torch.manual_seed", _seeds), mock.patch("torch.random.manual_seed", _seeds):
+        with generators_kept(_seeds):
             yield
         known = {(id(held), name) for held, name in expected}
         for module, held, content in before:
@@ -38,12 +37,11 @@ def unchanged(model: nn.Module, expected: list[Place]) -> Iterator[None]:
                 if (id(held), name) not in known and _holds_tensor(value) and not _same(value, content.get(name)):
                     _check_stored(module, held, name)
     finally:
-        torch.set_rng_state(state)
         for _, held, content in before:
             _put_back(held, content)
 
 
-def _seeds(_: int) -> None:
+def _seeds(*_: int) -> None:
     raise NotImplementedError(
         "forward seeds the random-number generator, which a captured graph can't repeat. Draw from a torch.Generator "
         "outside of the model and pass what is drawn as an argument"

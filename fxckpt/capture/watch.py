@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,15 @@ from fxckpt.capture.roles import Input, InputKind
 from fxckpt.capture.structure import Structure
 from fxckpt.errors import RuntimeContractError
 from fxckpt.upstream.ambient import Ambient
+from fxckpt.upstream.hooks import (
+    buffers_of,
+    children_of,
+    has_accumulation_hooks,
+    hooks_of,
+    parameters_of,
+    sizes_of,
+    which_have_hooks,
+)
 
 Signature = Hashable
 
@@ -45,7 +54,7 @@ class Watch:
         try:
             return (
                 any(owner[name] is not child for (owner, name), child in self.children)
-                or _sizes(self.modules) != self.sizes
+                or sizes_of([m for _, m in self.modules]) != self.sizes
             )
         except KeyError:
             return True
@@ -60,7 +69,7 @@ class Watch:
             tuple([module.training for _, module in self.modules]),
             tuple([(p.requires_grad, p.dtype, p.shape, p.device) for p in parameters if p is not None]),
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
-            tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in self.modules[1:]]),
+            which_have_hooks([m for _, m in self.modules[1:]]),
             self.hooked_parameters(),
             Ambient.now(),
         )
@@ -68,7 +77,7 @@ class Watch:
     def hooked_parameters(self) -> frozenset[str]:
         """Paths of the parameters with hooks that run during backward, and may change them there."""
         found = ((path, owner[name]) for path, (owner, name) in self.parameters.items())
-        return frozenset([path for path, p in found if p is not None and p._post_accumulate_grad_hooks])
+        return frozenset([path for path, p in found if p is not None and has_accumulation_hooks(p)])
 
     def gradients_allocated(self) -> bool:
         """Whether some parameter has a gradient, which this step will add to."""
@@ -93,16 +102,13 @@ class Watch:
             RuntimeContractError: a submodule has hooks that a captured graph would not call.
         """
         for name, module in self.modules[1:]:
-            for kind in _HOOKS:
-                if not all(map(_is_captured, getattr(module, kind).values())):
+            for kind, hook in hooks_of(module):
+                if not _is_captured(hook):
                     raise RuntimeContractError(
-                        f"submodule {name!r} has a hook ({kind.strip('_')}), which an optimized module would not call "
+                        f"submodule {name!r} has a hook ({kind}), which an optimized module would not call "
                         f"at "
                         "every step: remove it, register it on the root module, or use a hook on a parameter"
                     )
-
-
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def _is_captured(hook: Any) -> bool:
@@ -115,30 +121,26 @@ def watch(model: nn.Module) -> Watch:
     """List a model's parts."""
     modules = tuple(model.named_modules())
     children = tuple(
-        ((module._modules, name), child)
+        ((children_of(module), name), child)
         for _, module in modules
-        for name, child in module._modules.items()
+        for name, child in children_of(module).items()
         if child is not None
     )
     return Watch(
         modules,
         children,
-        dict(_places(modules, "_parameters")),
-        dict(_places(modules, "_buffers")),
+        dict(_places(modules, parameters_of)),
+        dict(_places(modules, buffers_of)),
         tuple(tensor_attributes(model)),
-        _sizes(modules),
+        sizes_of([m for _, m in modules]),
     )
 
 
-def _sizes(modules: tuple[tuple[str, nn.Module], ...]) -> tuple[int, ...]:
-    return tuple([len(m._modules) + len(m._parameters) + len(m._buffers) for _, m in modules])
-
-
-def _places(modules: tuple[tuple[str, nn.Module], ...], kind: str) -> list[tuple[str, _Place]]:
+def _places(
+    modules: tuple[tuple[str, nn.Module], ...], kind: Callable[[nn.Module], dict[str, Any]]
+) -> list[tuple[str, _Place]]:
     return [
-        (f"{path}.{name}" if path else name, (getattr(module, kind), name))
-        for path, module in modules
-        for name in getattr(module, kind)
+        (f"{path}.{name}" if path else name, (kind(module), name)) for path, module in modules for name in kind(module)
     ]
 
 

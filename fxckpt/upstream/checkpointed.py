@@ -1,7 +1,7 @@
 """Models that checkpoint activations themselves are captured as if they did not: what to recompute is the plan's part.
 
-`torch.utils.checkpoint` looks up two names of its module when it is called, one for each of its variants; they are
-replaced while a model is traced. So it does not matter where a model took `checkpoint` from.
+Wherever a model took `torch.utils.checkpoint.checkpoint` from, it does its work by one function in the variant without
+re-entry, and by a method of a class in the other. These are replaced while a model is traced.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 import torch
+from torch.utils import checkpoint
 
 from fxckpt.errors import CheckpointingBypassedWarning
+from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 
 @contextlib.contextmanager
 def checkpointing_bypassed() -> Iterator[None]:
-    """Let `torch.utils.checkpoint.checkpoint` just call its function; warns at the end if it was called."""
+    """Let this thread's checkpoints just call their function; warns at the end if there were any."""
     called = False
 
     def around(*_: Any, **__: Any) -> Iterator[None]:
@@ -28,18 +29,16 @@ def checkpointing_bypassed() -> Iterator[None]:
         called = True
         yield
 
-    class Reentrant:
-        @staticmethod
-        def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
-            """As in eager, nothing inside gets a gradient unless an input requires one."""
-            nonlocal called
-            called = True
-            with torch.set_grad_enabled(any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)):
-                return function(*args)
+    def apply(function: Callable[..., Any], _: bool, *args: Any) -> Any:
+        """In the other: as in eager, nothing inside gets a gradient unless an input requires one."""
+        nonlocal called
+        called = True
+        with torch.set_grad_enabled(any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)):
+            return function(*args)
 
     with (
-        mock.patch("torch.utils.checkpoint._checkpoint_without_reentrant_generator", around),
-        mock.patch("torch.utils.checkpoint.CheckpointFunction", Reentrant),
+        function_replaced(checkpoint._checkpoint_without_reentrant_generator, around),
+        attribute_replaced(checkpoint.CheckpointFunction, "apply", staticmethod(apply)),
     ):
         yield
     if called:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_CALL = nn.Module._call_impl.__name__
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -25,14 +28,14 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
-def size_of(module: nn.Module) -> int:
-    """How many submodules, parameters and buffers a module has."""
-    return len(module._modules) + len(module._parameters) + len(module._buffers)
+def sizes_of(modules: Iterable[nn.Module]) -> tuple[int, ...]:
+    """How many submodules, parameters and buffers each module has."""
+    return tuple([len(m._modules) + len(m._parameters) + len(m._buffers) for m in modules])
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called before or after the module's forward, or after its backward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def which_have_hooks(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
+    """For each module whether something is called before or after its forward, or after its backward."""
+    return tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in modules])
 
 
 def hooks_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -48,3 +51,8 @@ def gradient_hooks_of(tensor: torch.Tensor) -> dict[int, Any] | None:
 def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
     """Whether something is called when the parameter's gradient is there, and may change the parameter then."""
     return bool(parameter._post_accumulate_grad_hooks)
+
+
+def is_call_of_module(code: CodeType) -> bool:
+    """Whether the code is what runs when a module is called: its hooks and its forward."""
+    return code.co_name == _CALL

@@ -11,13 +11,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 from torch._C import DispatchKey
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.nn.modules import activation
+
+from fxckpt.upstream.operators import python_kernels
+from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 aten = torch.ops.aten
 
@@ -43,21 +45,15 @@ def own_kernels() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_python_forms() -> Iterator[None]:
-    """Put the Python implementations aside, and back."""
-    aside: list[tuple[Any, DispatchKey, Any]] = []
-    for overload in (*_rewritten_overloads(), aten.dropout.default):
-        for key in _KEYS:
-            if key in overload.py_kernels:
-                aside.append((overload, key, overload.py_kernels.pop(key)))
-        overload._dispatch_cache.clear()
-    for key in _KEYS:
-        aten.dropout.default.py_kernels[key] = _dropout
-    try:
+    """Put the Python implementations aside."""
+    with contextlib.ExitStack() as stack:
+        for overload in _rewritten_overloads():
+            if not overload.py_kernels.keys().isdisjoint(_KEYS):
+                kernels = {key: kernel for key, kernel in overload.py_kernels.items() if key not in _KEYS}
+                stack.enter_context(python_kernels(overload, kernels))
+        kernels = aten.dropout.default.py_kernels | dict.fromkeys(_KEYS, _dropout)
+        stack.enter_context(python_kernels(aten.dropout.default, kernels))
         yield
-    finally:
-        for overload, key, kernel in aside:
-            overload.py_kernels[key] = kernel
-            overload._dispatch_cache.clear()
 
 
 @contextlib.contextmanager
@@ -69,9 +65,9 @@ def _fused_layers() -> Iterator[None]:
     """
     encoder = nn.TransformerEncoder
     with (
-        mock.patch.object(torch.overrides, "has_torch_function", _is_overridden),
-        mock.patch.object(activation, "_is_make_fx_tracing", return_value=False),
-        mock.patch.object(encoder, "forward", functools.partialmethod(_encode, encoder.forward)),
+        attribute_replaced(torch.overrides, "has_torch_function", _is_overridden),
+        function_replaced(activation._is_make_fx_tracing, lambda _: False),
+        attribute_replaced(encoder, "forward", functools.partialmethod(_encode, encoder.forward)),
     ):
         yield
 
@@ -131,7 +127,7 @@ def _changes_as_in_eager() -> Iterator[None]:
         with mode:
             return args[0].copy_(filled(*args, **(kwargs or {})))
 
-    with mock.patch.object(FunctionalTensorMode, "__torch_dispatch__", dispatch):
+    with attribute_replaced(FunctionalTensorMode, "__torch_dispatch__", dispatch):
         yield
 
 

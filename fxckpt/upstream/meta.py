@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import stateless
+
+from fxckpt.upstream.fakes import FakeTensorMode
 
 
 @contextlib.contextmanager

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+from torch.nn import _reduction
+
+from fxckpt.upstream.patching import attribute_replaced
 
 __all__ = [
     "ASSERT_ASYNC",
     "ATTENTION_ON_CPU",
     "ATTENTION_ON_CPU_BACKWARD",
     "CHECK_ERRORS",
+    "MEAN",
+    "NO_REDUCTION",
     "UNSAFE_VIEW",
     "HigherOrderOperator",
     "OpOverload",
     "argument_names",
     "changes_arguments",
     "is_operator",
+    "python_kernels",
     "returns_nothing",
 ]
 
@@ -32,6 +40,9 @@ UNSAFE_VIEW: OpOverload = aten._unsafe_view.default
 ATTENTION_ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION_ON_CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
 """The fused kernels of attention on CPU."""
+
+NO_REDUCTION, MEAN = _reduction.get_enum("none"), _reduction.get_enum("mean")
+"""Arguments by which losses are told what to do with their terms."""
 
 
 def is_operator(target: Any) -> TypeGuard[OpOverload]:
@@ -52,3 +63,10 @@ def returns_nothing(op: OpOverload) -> bool:
 def argument_names(op: OpOverload) -> tuple[str, ...]:
     """Names of the operator's arguments, in order."""
     return tuple(argument.name for argument in op._schema.arguments)
+
+
+@contextlib.contextmanager
+def python_kernels(op: OpOverload, kernels: Mapping[Any, Callable[..., Any]]) -> Iterator[None]:
+    """These are the implementations of an operator in Python, by dispatch key, for this thread."""
+    with attribute_replaced(op, "py_kernels", dict(kernels)), attribute_replaced(op, "_dispatch_cache", {}):
+        yield

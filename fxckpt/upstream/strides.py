@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _decomp
 from torch._C import DispatchKey
-from torch._decomp import decomposition_table
-from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
+
+from fxckpt.upstream.fakes import descriptions_apart
+from fxckpt.upstream.operators import OpOverload, python_kernels
+from fxckpt.upstream.patching import attribute_replaced
 
 aten = torch.ops.aten
 
@@ -136,23 +138,16 @@ OF_OTHER_FORM: dict[OpOverload, Callable[..., Results]] = {
 
 @contextlib.contextmanager
 def right_strides() -> Iterator[None]:
-    """Let the descriptions of these ops be right."""
+    """Let the descriptions of these ops be right, for this thread."""
     rules = {op: functools.partial(_restrided, rule) for op, rule in LAID_OUT_LIKE.items()} | OF_OTHER_FORM
-    shortcuts = {op: decomposition_table.pop(op) for op in rules if op in decomposition_table}
-    before = {op: op.py_kernels[DispatchKey.Meta] for op in rules}
-    for op, rule in rules.items():
-        _describe(op, functools.partial(_corrected, before[op], rule))
-    try:
+    longer_ways = {op: form for op, form in _decomp.decomposition_table.items() if op not in rules}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(descriptions_apart("with right strides"))
+        stack.enter_context(attribute_replaced(_decomp, "decomposition_table", longer_ways))
+        for op, rule in rules.items():
+            description = functools.partial(_corrected, op.py_kernels[DispatchKey.Meta], rule)
+            stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: description}))
         yield
-    finally:
-        decomposition_table.update(shortcuts)  # type: ignore[arg-type]
-        for op, description in before.items():
-            _describe(op, description)
-
-
-def _describe(op: OpOverload, description: Callable[..., Any]) -> None:
-    op.py_kernels[DispatchKey.Meta] = description
-    op._dispatch_cache.clear()
 
 
 def _corrected(description: Callable[..., Any], rule: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
