@@ -4,7 +4,7 @@
 
 For each model, torch's own planner (`activation_memory_budget`, swept from 0 to 1), `checkpoint` around every k blocks,
 `checkpoint_sequential` and selective checkpointing are written as schedules of the captured step
-(`benchmarks/peer_schedules.py`) and simulated. fxckpt plans for the peak of each peer that no other peer beats in both
+(`benchmarks/peers/schedules.py`) and simulated. fxckpt plans for the peak of each peer that no other peer beats in both
 peak and FLOPs; at the other peaks the best of these plans that fits counts. FLOPs are those of matrix products,
 convolutions and attention; a figure is what a schedule repeats, over those of the plain step.
 
@@ -35,8 +35,8 @@ from fxckpt.core.schedule import Schedule, plain
 from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers import solve
 from fxckpt.errors import InfeasibleBudgetError
-from fxckpt.pipeline import estimated
 from fxckpt.profile.build import Profile, build
+from fxckpt.profile.costs import estimated
 from fxckpt.profile.estimate import DEVICES
 
 MODELS = ("gpt12", "bert6", "resnet50", "unet4", "mlp32", "llama12")

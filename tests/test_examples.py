@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -19,14 +21,17 @@ def shown_by(name: str, *options: str) -> str:
     return done.stdout
 
 
-def test_the_code_in_the_readme_runs_as_it_stands(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize(
+    ("page", "written"), [("README.md", set()), ("docs/guide.md", {"plan.html", "plan.gif"})], ids=["README", "guide"]
+)
+def test_the_code_of_a_page_runs_as_it_stands(page: str, written: set[str], tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (EXAMPLES.parent / page).read_text(encoding="utf-8"), re.DOTALL)
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "MPLBACKEND": "agg"}
     command = [sys.executable, "-W", "error", "-c", "".join(blocks)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "recompute" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {"plan.html", "plan.gif"}
+    assert {path.name for path in tmp_path.iterdir()} == written
 
 
 def test_quickstart_shows_a_plan_that_was_measured() -> None:

@@ -1,4 +1,4 @@
-"""The README's figures are those of the committed results."""
+"""The figures of the README and of the pages in docs/ are those of the committed results."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fxckpt.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README, WORKS, COMPARISON = (
+    (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/what_works.md", "docs/comparison.md")
+)
 MODELS = {
     "GPT": "gpt12",
     "BERT": "bert6",
@@ -27,7 +31,7 @@ def results(name: str) -> Any:
 
 def test_the_comparison_is_that_of_the_results() -> None:
     found = {model["model"]: model for model in results("torch_planner")["models"]}
-    rows = re.findall(r"^\| ([\w-]+)[^|]*\|((?: [\d.]+[^|]*\|){5})$", README, flags=re.MULTILINE)
+    rows = re.findall(r"^\| ([\w-]+)[^|]*\|((?: [\d.]+[^|]*\|){5})$", COMPARISON, flags=re.MULTILINE)
     assert [MODELS[name] for name, _ in rows] == list(found)
     for name, cells in rows:
         model = found[MODELS[name]]
@@ -64,7 +68,8 @@ def test_fxckpt_repeats_no_more_at_any_peak_of_the_others() -> None:
             assert rival["fxckpt"]["repeated_flops_ratio"] <= rival["peer"]["repeated_flops_ratio"]
 
 
-def test_the_count_of_architectures_is_that_of_the_results() -> None:
+@pytest.mark.parametrize("page", [README, WORKS], ids=["README", "what_works"])
+def test_the_count_of_architectures_is_that_of_the_results(page: str) -> None:
     rows = results("architectures")["rows"]
     working = sum(row["same_bits"] is True for row in rows)
-    assert f"{working} of {len(rows)} architectures of transformers" in README
+    assert f"{working} of {len(rows)} architectures of transformers" in page

@@ -1,4 +1,4 @@
-"""README's table of what works, written by the tests that prove it: `python -m tests.what_works`.
+"""The page of what works, written by the tests that prove it: `python -m tests.what_works`.
 
 A test says by `@pytest.mark.works(row, text)` which row it belongs to, and what it shows; its name says that where no
 text is given. Several texts are several things shown.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "what_works.md"
 BEGIN, END = "<!-- written by python -m tests.what_works -->", "<!-- end -->"
 
 ROWS: dict[str, str] = {
@@ -31,12 +32,13 @@ ROWS: dict[str, str] = {
 """The rows, and what is added to them by hand."""
 
 
-def shown() -> dict[str, list[str]]:
-    """For each row what its tests show, in the order of files and lines."""
-    found: dict[str, list[str]] = {row: [] for row in ROWS}
+def shown() -> dict[str, dict[str, list[str]]]:
+    """For each row what its tests show: by file, in the order of lines."""
+    found: dict[str, dict[str, list[str]]] = {row: {} for row in ROWS}
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for row, texts in _marks(".".join(path.relative_to(ROOT).with_suffix("").parts)):
-            found[row] += texts
+        name = path.relative_to(ROOT)
+        for row, texts in _marks(".".join(name.with_suffix("").parts)):
+            found[row].setdefault(name.as_posix(), []).extend(texts)
     return found
 
 
@@ -48,11 +50,17 @@ def _marks(module: str) -> Iterator[tuple[str, list[str]]]:
                 yield row, texts or [name.removeprefix("test_").replace("_", " ")]
 
 
-def table() -> str:
-    """The table in markdown."""
+def sections() -> str:
+    """A section a row, in markdown."""
     notes = {**ROWS, "anything else": _of_the_long_runs()}
-    rows = [(row, "; ".join((*texts, *filter(None, [notes[row]])))) for row, texts in shown().items()]
-    return "\n".join(f"| {row} | {cell} |" for row, cell in (("what", "each shown by a test"), ("---", "---"), *rows))
+    return "\n\n".join(_section(row, by_file, notes[row]) for row, by_file in shown().items())
+
+
+def _section(row: str, by_file: dict[str, list[str]], note: str) -> str:
+    heading = f"## {row[0].upper()}{row[1:]}"
+    items = [f"- {text}" for texts in by_file.values() for text in texts]
+    files = ", ".join(f"[`{name}`](../{name})" for name in by_file)
+    return "\n".join((heading, "", *items, *filter(None, [note and f"- {note}"]), "", f"Shown by {files}."))
 
 
 def _of_the_long_runs() -> str:
@@ -64,11 +72,10 @@ def _of_the_long_runs() -> str:
     return f"{examples:,} of them in long runs with {found} (`benchmarks/results/fuzz.json`)"
 
 
-def with_table(readme: str) -> str:
-    """README with the table in its place."""
-    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{table()}\n\n{END}", readme, flags=re.DOTALL)
+def with_sections(page: str) -> str:
+    """The page with the sections in their place."""
+    return re.sub(f"{BEGIN}.*{END}", lambda _: f"{BEGIN}\n\n{sections()}\n\n{END}", page, flags=re.DOTALL)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(with_table(path.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_sections(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
