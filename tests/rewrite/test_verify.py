@@ -82,6 +82,7 @@ class Step:
     def node(self, name: str) -> fx.Node:
         """A node of the backward graph, or of the forward graph if its name begins with "forward."."""
         graph = self.forward if name.startswith("forward.") else self.backward
+        found: fx.Node
         (found,) = (node for node in graph.nodes if node.name == name.removeprefix("forward."))
         return found
 
