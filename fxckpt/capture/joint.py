@@ -23,6 +23,7 @@ from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.errors import CaptureError
 from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
 from fxckpt.upstream.checkpointed import checkpointing_bypassed
+from fxckpt.upstream.confined import tracing_confined
 from fxckpt.upstream.fakes import descriptions_apart
 from fxckpt.upstream.kernels import own_kernels
 from fxckpt.upstream.meta import made_present
@@ -90,6 +91,7 @@ def capture(
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
+        tracing_confined(),
         Provenance(modules),
         constants,
         contextlib.ExitStack() as stack,

@@ -25,7 +25,6 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch.fx.experimental.proxy_tensor import disable_autocast_cache
 
-from fxckpt.upstream.confined import tracing_confined
 from fxckpt.upstream.patching import caller, function_replaced
 
 __all__ = [
@@ -53,7 +52,6 @@ def exported(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[tup
     would turn the cache off, and gradients would then be added up in the lower precision.
     """
     with (
-        tracing_confined(),
         config.patch(backward_pass_autocast="off"),  # in this thread only
         function_replaced(disable_autocast_cache, _nothing),
         contextlib.ExitStack() as stack,

@@ -33,7 +33,7 @@ _LOCK = threading.RLock()
 def function_replaced(function: Callable[..., Any], by: Callable[..., Any]) -> Iterator[None]:
     """This thread calls `by(original, *args, **kwargs)` wherever it calls `function(*args, **kwargs)`.
 
-    For a function made by `contextlib.contextmanager`, `by` is a generator function.
+    For a generator function, or one made of it by `contextlib.contextmanager`, `by` is a generator function too.
     """
     inner = inspect.unwrap(function)
     assert isinstance(inner, FunctionType)
@@ -201,15 +201,21 @@ def called_instead(number: int) -> Callable[..., Any]:
 
 
 def _standing_in(code: CodeType, number: int) -> CodeType:
-    """Code that calls what `called_instead` says, and pretends to lie where `code` does."""
+    """Code of the same kind that calls what `called_instead` says, and pretends to lie where `code` does."""
 
-    def template(*args: Any, **kwargs: Any) -> Any:
+    def plain(*args: Any, **kwargs: Any) -> Any:
         from fxckpt.upstream.patching import called_instead
 
         return called_instead("number")(*args, **kwargs)  # type: ignore[arg-type]
 
-    constants = tuple(number if constant == "number" else constant for constant in template.__code__.co_consts)
-    return template.__code__.replace(
+    def generator(*args: Any, **kwargs: Any) -> Any:
+        from fxckpt.upstream.patching import called_instead
+
+        return (yield from called_instead("number")(*args, **kwargs))  # type: ignore[arg-type]
+
+    template = (generator if code.co_flags & inspect.CO_GENERATOR else plain).__code__
+    constants = tuple(number if constant == "number" else constant for constant in template.co_consts)
+    return template.replace(
         co_consts=constants,
         co_filename=code.co_filename,
         co_name=code.co_name,

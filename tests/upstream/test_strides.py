@@ -158,6 +158,22 @@ def test_a_number_may_take_the_place_of_a_tensor() -> None:
     assert [y.stride() for y in told] == [aten.floor_divide.default(x, 2).stride(), aten.pow.Scalar(2.0, x).stride()]
 
 
+def test_what_was_told_before_and_what_is_told_after() -> None:
+    """Torch remembers descriptions for the whole process."""
+    g, x = torch.rand(2, 3).T, torch.rand(3, 2)
+
+    def told() -> tuple[int, ...]:
+        with enable_python_dispatcher(), FakeTensorMode() as mode:
+            fake: Tensor = aten.copysign.Tensor(mode.from_tensor(g), mode.from_tensor(x))
+            return fake.stride()
+
+    before = told()
+    with right_strides():
+        right = told()
+    assert right == aten.copysign.Tensor(g, x).stride() != before
+    assert told() == before
+
+
 def test_what_torch_tells_otherwise_is_left_as_it_was() -> None:
     before = [op.py_kernels.copy() for op in CALLS]
     with pytest.raises(KeyboardInterrupt), right_strides():
