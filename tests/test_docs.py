@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -156,3 +157,20 @@ def test_docstrings_of_benchmarks_name_what_is_there(path: Path) -> None:
         assert (ROOT / name).exists() or re.search("[A-Z]|results", name), name
     for name in re.findall(r"(?<![\w./])(?:benchmarks|tests|fxckpt)(?:\.[a-z_]\w*)+", docstring):
         assert resolve_name(name) is not None
+
+
+# Continuous integration
+
+
+def test_what_continuous_integration_names_is_there() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    named = set(re.findall(r"\btests/[\w/.]+\w", script))
+    assert {"tests/constraints.txt", "tests/core"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_floor_of_coverage_is_the_one_that_is_told() -> None:
+    coverage = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["coverage"]
+    assert [(ROOT / source).is_dir() for source in coverage["run"]["source"]] == [True]
+    floor = f"floor of {coverage['report']['fail_under']} %"
+    assert floor in " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
