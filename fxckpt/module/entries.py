@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -11,38 +11,90 @@ from torch import nn
 from fxckpt.capture.constants import only_value
 from fxckpt.capture.structure import Structure
 from fxckpt.capture.watch import Signature, Watch, watch
+from fxckpt.core.pareto import Pareto
+from fxckpt.core.plans import Plan
+from fxckpt.core.schedule import Schedule
+from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.module.ledger import Kin
+from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, make_bridge
+from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents
 from fxckpt.upstream.ambient import Ambient
-
 
 Values = tuple[int | None, ...]
 """For each argument whose values a model asks for, the value that all its elements have, if they have one."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """All that is known for one input signature: what to run now, and captures and backwards from other outputs.
 
     Attributes:
+        model: the user's model.
+        options: what was asked for.
+        compile: makes a plan of a profile runnable.
         signature: of the calls that it serves.
         gradients_allocated: whether they find gradients to add to.
-        expected: what the next call runs.
+        expected: what the next call runs if it is alone in its step.
         ambient: the global state of the first call.
         captured: what was planned, by the tangents that backward starts from.
         bridges: backwards from other tangents than their forward was planned for.
+        kin: shared with the entry of the same calls where gradients are accounted for in the other way.
     """
 
+    model: nn.Module
+    options: Options
+    compile: Callable[[Profile, Plan], Compiled]
     signature: tuple[Signature, Values]
     gradients_allocated: bool
     expected: Compiled
     ambient: Ambient = field(default_factory=Ambient.now)
     captured: dict[Tangents, Compiled] = field(default_factory=dict)
     bridges: dict[tuple[int, Tangents], Program] = field(default_factory=dict)
+    kin: Kin = field(default_factory=Kin)
+    _timelines: dict[tuple[int, bool], tuple[Timeline, ...]] = field(default_factory=dict)
+    _variants: dict[tuple[int, bool, Schedule], Compiled] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.captured.setdefault(self.expected.program.tangents, self.expected)
+
+    @property
+    def owner(self) -> nn.Module:
+        """The model."""
+        return self.model
+
+    @property
+    def fraction(self) -> float | None:
+        """The budget, if it was given as a fraction of the plain step's peak."""
+        return self.options.budget if isinstance(self.options.budget, float) else None
+
+    def timelines(self, *, gradients_allocated: bool) -> tuple[Timeline, ...]:
+        """The ways to run it, from lean to fast, where gradients are counted as allocated or as fresh."""
+        profile = self.expected.profile
+        key = id(profile), gradients_allocated
+        if key not in self._timelines:
+            graph, options = profile.graph.with_gradients(gradients_allocated), self.options
+            if options.plan is not None and options.plan.fingerprint == graph.fingerprint:
+                self._timelines[key] = (simulate(graph, options.plan.schedule),)
+            else:
+                self._timelines[key] = Pareto.of(graph, options.solver, **options.solver_arguments).timelines
+        return self._timelines[key]
+
+    def variant(self, timeline: Timeline) -> Compiled:
+        """What runs it as simulated in one of `timelines`."""
+        expected, graph = self.expected, timeline.graph
+        key = id(expected.profile), graph.gradients_allocated, timeline.schedule
+        if key not in self._variants:
+            plan = Plan.of(
+                timeline,
+                solver=expected.plan.solver,
+                cost_model=expected.plan.cost_model,
+                budget_bytes=expected.plan.budget_bytes,
+            )
+            self._variants[key] = self.compile(replace(expected.profile, graph=graph), plan)
+        return self._variants[key]
 
     def continued(self, ran: Compiled, present: Tangents, capture: Callable[[], Compiled]) -> Program:
         """A backward from the tangents `present` behind the forward that ran; the next forward is planned for them.
@@ -53,7 +105,7 @@ class Entry:
         if present not in self.captured:
             self.captured[present] = capture()
         other = self.expected = self.captured[present]
-        if other is ran:
+        if present == ran.program.tangents:
             return ran.program
         key = (id(ran), present)
         if key not in self.bridges:

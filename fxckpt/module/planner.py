@@ -17,6 +17,7 @@ from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import PlanBypassedWarning, RuntimeContractError
 from fxckpt.module.entries import Entries, Entry, Key
+from fxckpt.module.ledger import ledger
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.profile.build import Profile
@@ -56,13 +57,17 @@ class Planner:
         entry = self._entry(tensors, structure, args, kwargs)
         if entry is None:
             return self.plain.forward(*args, **kwargs)
-        compiled = entry.expected
+        compiled, seat = ledger().take(entry)
         given = self._entries.watch.given(compiled.profile.joint.roles.inputs, tensors)
         other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
         try:
-            results = run_forward(compiled.program, given, other_backward)
+            results = run_forward(compiled.program, given, other_backward, seat.leave)
         except UnexpectedValue:
             results = None
+            seat.leave()
+        except BaseException:
+            seat.leave()
+            raise
         if results is None:
             return self._run_plain(args, kwargs)
         return put_together(compiled.profile.joint.outputs, iter(results))
@@ -117,7 +122,9 @@ class Planner:
             )
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
-        entry = Entry(signature, allocated, self._compile(profile, self.options))
+        compiled = self._compile(profile, self.options)
+        entry = Entry(self.plain, self.options, self._runnable, signature, allocated, compiled)
+        entry.kin = entry.kin if twin is None else twin.kin
         if self.options.verify:
             self._verify(entry, args, kwargs)
         return entry
@@ -131,7 +138,9 @@ class Planner:
         self.latest = entry.expected
 
     def _compile(self, profile: Profile, options: Options) -> Compiled:
-        plan: Plan = make_plan(profile, options, [compiled.plan for compiled in self.compiled()])
+        return self._runnable(profile, make_plan(profile, options, [compiled.plan for compiled in self.compiled()]))
+
+    def _runnable(self, profile: Profile, plan: Plan) -> Compiled:
         hooked = self._entries.watch.hooked_parameters()
         inputs = enumerate(profile.joint.roles.inputs)
         waiting = frozenset(n for n, i in inputs if i.gradient is not None and i.path in hooked)

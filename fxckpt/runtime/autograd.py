@@ -63,18 +63,24 @@ BackwardFor = Callable[[Tangents], Program]
 """Given the outputs that were differentiated, a program whose backward continues from the forward that ran."""
 
 
-def run_forward(program: Program, given: Sequence[torch.Tensor], backward_for: BackwardFor) -> list[torch.Tensor]:
+def run_forward(
+    program: Program,
+    given: Sequence[torch.Tensor],
+    backward_for: BackwardFor,
+    released: Callable[[], object] | None = None,
+) -> list[torch.Tensor]:
     """Run a step's forward and connect it to autograd. Returns what the model returns, flat.
 
     Args:
         program: what to run.
         given: the tensors of `program.roles.inputs`.
         backward_for: called in backward if other outputs were differentiated than the program expects.
+        released: called when what forward saved is no longer kept for a backward: one has begun, or none can come.
 
     Raises:
         UnexpectedValue: a check of values found something wrong. All is as before the call.
     """
-    step = _Step(program, given, backward_for)
+    step = _Step(program, given, backward_for, released)
     token = torch.empty(0, requires_grad=True)
     for index in reversed(range(len(program.emitted.stages))):
         leaves = [given[i] for i in program.emitted.stages[index].inputs]
@@ -113,8 +119,16 @@ def _draws_undone(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 class _Step:
     """One forward and its backwards: what is saved between them, and backward's progress."""
 
-    def __init__(self, program: Program, given: Sequence[torch.Tensor], backward_for: BackwardFor) -> None:
+    def __init__(
+        self,
+        program: Program,
+        given: Sequence[torch.Tensor],
+        backward_for: BackwardFor,
+        released: Callable[[], object] | None,
+    ) -> None:
         self._program, self._given, self._backward_for = program, list(given), backward_for
+        self._release = weakref.finalize(self, released or _nothing)
+        self._release.atexit = False
         self._saved: list[torch.Tensor] | None = None
         self._given_versions: list[int] = []
         self._watched: list[tuple[weakref.ref[torch.Tensor], int]] = []
@@ -150,6 +164,7 @@ class _Step:
         boxed = list(self._saved)
         if not backward_keeps_graph():
             self._saved = None
+            self._release()
         boxed += [self._given[i] for i in emitted.given]
         boxed += [t for i in emitted.tangents if (t := tangents[i]) is not None]
         tangents.clear()
@@ -208,6 +223,10 @@ class _Step:
     def stage_count(self) -> int:
         """How many stages backward has."""
         return len(self._program.emitted.stages)
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _sharing_memory(outputs: Sequence[torch.Tensor], require_grad: Sequence[bool]) -> tuple[torch.Tensor, ...]:
