@@ -32,7 +32,7 @@ class LowerBound:
     """
 
     def __init__(self, graph: Graph, *, keep_order: bool) -> None:
-        moments = range(graph.forward_count, len(graph.ops)) if keep_order else [graph.forward_count]
+        moments = range(graph.forward_count, graph.plain_count) if keep_order else [graph.forward_count]
         self._hulls = [_hull(graph, op, at_start=not keep_order) for op in moments]
 
     def recompute_us(self, budget_bytes: int) -> float | None:
@@ -47,7 +47,7 @@ class LowerBound:
 
 def _hull(graph: Graph, moment: int, *, at_start: bool) -> Hull:
     """The hull at the first run of an op of backward; `at_start`: of any op that backward may start with."""
-    op, read_later = graph.ops[moment], {s for o in graph.ops[moment + 1 - at_start :] for s in o.reads}
+    op, read_later = graph.ops[moment], {s for o in graph.plain_ops[moment + 1 - at_start :] for s in o.reads}
     in_use = set() if at_start else {*op.reads, *op.writes}
     there = in_use | _held(graph, moment) | {s for s in read_later if graph.storages[s].kind == "tangent"}
     there -= {s for s, info in enumerate(graph.storages) if info.kind in RESIDENT}

@@ -14,9 +14,20 @@ from fxckpt.core.graph import RESIDENT, Graph
 from fxckpt.core.simulate import Timeline
 from fxckpt.units import format_bytes, format_us
 
-Action = Literal["keep", "recompute", "discard"]
+Action = Literal["keep", "recompute", "restore", "discard"]
 Cause = Literal[
-    "output", "pinned", "nested", "checkpoint", "fits", "costly", "step", "cheap", "demanded", "update", "unread"
+    "output",
+    "pinned",
+    "nested",
+    "checkpoint",
+    "fits",
+    "costly",
+    "step",
+    "cheap",
+    "demanded",
+    "restored",
+    "update",
+    "unread",
 ]
 
 _TEXTS: dict[Cause, str] = {
@@ -29,6 +40,7 @@ _TEXTS: dict[Cause, str] = {
     "step": "a step in remaking others",
     "cheap": "cheap: {time} frees {bytes}",
     "demanded": "to fit: {time} frees {bytes}",
+    "restored": "brought back by {detail}",
     "update": "a buffer's new value",
     "unread": "backward does not read it",
 }
@@ -40,10 +52,12 @@ class Decision:
     """What happens to one storage that forward writes.
 
     Attributes:
-        action: "keep" from forward to backward, "recompute" in backward, or "discard": backward does not need it.
+        action: "keep" from forward to backward, "recompute" in backward, "restore" by another op than the one that made
+            it first, or "discard": backward does not need it.
         runs: how often the op that writes it runs in a step.
         cause: why, as a word.
-        repeat_us: time to repeat what writes it, and what that needs and the plan does not have at hand [µs].
+        repeat_us: time to repeat what writes it, and what that needs and the plan does not have at hand; or to restore
+            it [µs].
         freed_bytes: bytes that not keeping it frees, together with what the same op writes [B].
         detail: more about the cause, such as why an op is pinned.
     """
@@ -104,8 +118,14 @@ class _Facts:
         return frozenset(x.storage for x in self.timeline.lifetimes if x.recomputed and x.dies > x.born)
 
     @cached_property
+    def restored(self) -> dict[int, int]:
+        """Storages that alternatives write, and the last of these that runs."""
+        ran = (i for i in self.timeline.schedule.order if i >= self.graph.plain_count)
+        return {s: i for i in ran for s in self.graph.ops[i].writes if self.graph.producer[s] >= 0}
+
+    @cached_property
     def read_by_backward(self) -> frozenset[int]:
-        return frozenset(s for op in self.graph.ops[self.graph.forward_count :] for s in op.reads)
+        return frozenset(s for op in self.graph.backward_ops for s in op.reads)
 
     @cached_property
     def us_per_byte(self) -> float:
@@ -156,6 +176,9 @@ def _decide(facts: _Facts, storage: int) -> Decision:
         return _kept(facts, storage, runs)
     if storage in facts.remade:
         return _recomputed(facts, storage, runs)
+    if storage in facts.restored:
+        op = facts.graph.ops[facts.restored[storage]]
+        return Decision("restore", runs, "restored", op.time_us, facts.graph.bytes_of((storage,)), op.name)
     return Decision("discard", runs, "update" if storage in facts.graph.updates else "unread")
 
 

@@ -8,76 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from math import fsum
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
+from fxckpt.core.fields import columns, records, valid
+from fxckpt.core.ops import RESIDENT, Engine, Op, Place, Storage, StorageKind
 from fxckpt.errors import PlanFormatError
 
-StorageKind = Literal["parameter", "buffer", "input", "tangent", "activation", "backward"]
-RESIDENT: frozenset[StorageKind] = frozenset(("parameter", "buffer", "input"))
-"""Kinds of the storages that are there before the step and stay: free to save."""
+__all__ = ["RESIDENT", "Engine", "Graph", "Op", "Place", "Storage", "StorageKind"]
 
-
-@dataclass(frozen=True, slots=True)
-class Storage:
-    """A piece of memory: what one allocation holds, however many tensors are views of it.
-
-    `kind` says where it comes from. "parameter", "buffer" and "input" are there before the step and stay; "tangent"
-    (the gradient of an output) appears when backward starts; "activation" is written by a forward op, "backward" by a
-    backward op.
-    """
-
-    name: str
-    size_bytes: int
-    kind: StorageKind
-
-
-@dataclass(frozen=True, slots=True)
-class Op:
-    """One op of the captured graph.
-
-    Attributes:
-        name: name of the fx node, unique in the graph.
-        target: what it calls, such as "aten.addmm.default".
-        reads: indices of the storages it reads, each once.
-        writes: indices of the storages it allocates; an op that is repeated allocates them anew.
-        replay: storages captured when the op first runs and read when it is repeated: random-number state, old values
-            of buffers that the step changes. They take no memory unless the op is repeated.
-        time_us: time by the cost model [µs].
-        flops: floating-point operations of matrix products, convolutions and attention; 0 for all other ops.
-        workspace_bytes: memory that only the running op needs [B].
-        pinned: why the op must not be repeated, or "" if it may be.
-        ordered: whether its first run must keep its place among the other ordered ops (it draws random numbers,
-            communicates, or has another effect).
-        module: path of the module that called it, such as "blocks.3.attn".
-        source: the user's source line, "file:line".
-        signature: what op it is, apart from its place: equal strings mean the same call on the same shapes.
-    """
-
-    name: str
-    target: str
-    reads: tuple[int, ...]
-    writes: tuple[int, ...]
-    replay: tuple[int, ...] = ()
-    time_us: float = 0.0
-    flops: int = 0
-    workspace_bytes: int = 0
-    pinned: str = ""
-    ordered: bool = False
-    module: str = ""
-    source: str = ""
-    signature: str = ""
+_FORMAT = 2  # of `Graph.to_dict`; 1 had no alternatives, engines and places
 
 
 @dataclass(frozen=True)
 class Graph:
     """A training step: forward ops, then backward ops, in the order in which the plain model runs them.
 
+    Behind these plain ops stand alternatives: further ways to have a storage than to run again the op that writes it.
+    To copy an activation to the host is one that writes a storage of its own, to copy it back one that writes the
+    activation. A schedule may run them in either half, or not at all.
+
     Attributes:
-        ops: all ops; the first `forward_count` are the forward ones.
+        ops: all ops; the first `forward_count` are the forward ones, the last `alternatives` no part of the plain step.
         storages: all storages.
         forward_count: number of forward ops.
         outputs: storages handed to the caller by forward; they stay live to the end of the step.
@@ -88,6 +44,7 @@ class Graph:
             bytes are counted all the time.
         allocated_gradient_bytes: what those tensors take [B].
         reserved_bytes: memory that the caller declares, such as optimizer state [B].
+        alternatives: number of ops behind the plain ones.
     """
 
     ops: tuple[Op, ...]
@@ -99,31 +56,77 @@ class Graph:
     gradients_allocated: bool = False
     allocated_gradient_bytes: int = 0
     reserved_bytes: int = 0
+    alternatives: int = 0
+
+    @cached_property
+    def plain_count(self) -> int:
+        """Number of ops of the plain step, forward and backward."""
+        return len(self.ops) - self.alternatives
+
+    @property
+    def plain_ops(self) -> tuple[Op, ...]:
+        """Forward and backward ops."""
+        return self.ops[: self.plain_count]
+
+    @property
+    def backward_ops(self) -> tuple[Op, ...]:
+        """The plain ops behind the forward ones."""
+        return self.ops[self.forward_count : self.plain_count]
 
     @cached_property
     def producer(self) -> tuple[int, ...]:
-        """For each storage the index of the op that writes it, or -1 for what the step is given."""
+        """For each storage the index of the plain op that writes it; -1 for what the step is given, and for what only
+        alternatives write."""
         producer = [-1] * len(self.storages)
-        for index, op in enumerate(self.ops):
+        for index, op in enumerate(self.plain_ops):
             for storage in op.writes:
                 producer[storage] = index
         return tuple(producer)
+
+    @cached_property
+    def ways(self) -> tuple[tuple[int, ...], ...]:
+        """For each storage the indices of the alternatives that write it."""
+        ways: list[tuple[int, ...]] = [()] * len(self.storages)
+        for index in range(self.plain_count, len(self.ops)):
+            for storage in self.ops[index].writes:
+                ways[storage] += (index,)
+        return tuple(ways)
+
+    @cached_property
+    def asynchronous(self) -> frozenset[int]:
+        """Indices of the ops that another engine than compute carries out."""
+        return frozenset(index for index, op in enumerate(self.ops) if op.engine != "compute")
 
     @cached_property
     def replayed(self) -> frozenset[int]:
         """Storages that exist only to repeat an op (see `Op.replay`)."""
         return frozenset(storage for op in self.ops for storage in op.replay)
 
+    def sizes_bytes(self, place: Place) -> tuple[int, ...]:
+        """What each storage takes of a memory [B]."""
+        return self._sizes_bytes[place]
+
+    @cached_property
+    def _sizes_bytes(self) -> dict[Place, tuple[int, ...]]:
+        places: tuple[Place, ...] = get_args(Place)
+        return {place: tuple(s.size_bytes if s.place == place else 0 for s in self.storages) for place in places}
+
+    def given_bytes(self, place: Place) -> int:
+        """Bytes of a memory that parameters, buffers and inputs take [B]."""
+        sizes_bytes = self.sizes_bytes(place)
+        return sum(sizes_bytes[i] for i, s in enumerate(self.storages) if s.kind in RESIDENT)
+
     @cached_property
     def static_bytes(self) -> int:
-        """Bytes that are there during the whole step: parameters, buffers, inputs, allocated gradients, reserve [B]."""
-        given = sum(s.size_bytes for s in self.storages if s.kind in RESIDENT)
-        return given + self.reserved_bytes + (self.allocated_gradient_bytes if self.gradients_allocated else 0)
+        """Bytes of the device that are in use during the whole step: parameters, buffers, inputs, allocated gradients,
+        reserve [B]."""
+        allocated = self.allocated_gradient_bytes if self.gradients_allocated else 0
+        return self.given_bytes("device") + self.reserved_bytes + allocated
 
     @cached_property
     def step_us(self) -> float:
-        """Time of one plain step by the cost model: every op once [µs]."""
-        return fsum(op.time_us for op in self.ops)
+        """Time of the plain ops by the cost model, each once, one after the other [µs]."""
+        return fsum(op.time_us for op in self.plain_ops)
 
     def bytes_of(self, storages: Iterable[int]) -> int:
         """Bytes of several storages together [B]."""
@@ -149,6 +152,7 @@ class Graph:
             [[op.target, op.reads, op.writes, op.replay, op.signature, bool(op.pinned)] for op in self.ops],
             [[s.size_bytes, s.kind] for s in self.storages],
             [self.forward_count, self.outputs, self.updates, self.gradients],
+            *self._beyond_the_plain(),
         ]
         return hashlib.sha256(json.dumps(structure).encode()).hexdigest()[:16]
 
@@ -156,29 +160,38 @@ class Graph:
     def structure(self) -> str:
         """A hash of ops and wiring alone: equal for the same model at another batch size."""
         structure = [[op.target, op.reads, op.writes, op.replay, bool(op.pinned)] for op in self.ops]
-        return hashlib.sha256(json.dumps([structure, self.forward_count]).encode()).hexdigest()[:16]
+        parts = [structure, self.forward_count, *self._beyond_the_plain()]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def _beyond_the_plain(self) -> list[Any]:
+        """Alternatives, engines and places, if there is anything to say of them: nothing in most graphs."""
+        engines, places = [op.engine for op in self.ops], [s.place for s in self.storages]
+        usual = not self.alternatives and {*engines} <= {"compute"} and {*places} <= {"device"}
+        return [] if usual else [[self.alternatives, engines, places]]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, numbers and strings; `from_dict` reads it back."""
-        columns = [f.name for f in fields(Op)]
         return {
-            "ops": {name: [getattr(op, name) for op in self.ops] for name in columns},
-            "storages": {f.name: [getattr(s, f.name) for s in self.storages] for f in fields(Storage)},
-            **{f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("ops", "storages")},
+            "format": _FORMAT,
+            "ops": columns(Op, self.ops),
+            "storages": columns(Storage, self.storages),
+            **{name: getattr(self, name) for name in _scalars()},
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Graph:
-        """The graph that `to_dict` wrote.
+        """The graph that `to_dict` wrote, now or before there were alternatives.
 
         Raises:
-            PlanFormatError: a part is missing or of the wrong type, or an index points nowhere.
+            PlanFormatError: a part is missing or of the wrong type, an index points nowhere, or a storage is written by
+                more or fewer plain ops than one.
         """
         try:
+            data = _upgraded(data)
             graph = cls(
-                ops=tuple(Op(**_valid(Op, row)) for row in _rows(data["ops"], Op)),
-                storages=tuple(Storage(**_valid(Storage, row)) for row in _rows(data["storages"], Storage)),
-                **_valid(cls, {f.name: data[f.name] for f in fields(cls) if f.name not in ("ops", "storages")}),
+                ops=records(Op, data["ops"]),
+                storages=records(Storage, data["storages"]),
+                **valid(cls, {name: data[name] for name in _scalars()}),
             )
             graph.check()
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -186,59 +199,77 @@ class Graph:
         return graph
 
     def check(self) -> None:
-        """Raise ValueError where an index points nowhere, a size is negative, or an op reads what comes later."""
+        """Raise ValueError where the graph is none that can run.
+
+        Where an index points nowhere, a size is negative, an op reads what comes later, a storage has more or fewer
+        plain writers than one, or an alternative writes what is always there.
+        """
         count = len(self.storages)
-        if not 0 <= self.forward_count <= len(self.ops):
-            raise ValueError(f"forward_count is {self.forward_count} of {len(self.ops)} ops")
+        if not 0 <= self.alternatives <= len(self.ops):
+            raise ValueError(f"alternatives is {self.alternatives} of {len(self.ops)} ops")
+        if not 0 <= self.forward_count <= self.plain_count:
+            raise ValueError(f"forward_count is {self.forward_count} of {self.plain_count} ops")
         for storage in self.storages:
             if not isinstance(storage.size_bytes, int) or storage.size_bytes < 0:
                 raise ValueError(f"storage {storage.name} has size_bytes {storage.size_bytes!r}")
-            if storage.kind not in get_args(StorageKind):
-                raise ValueError(f"storage {storage.name} has kind {storage.kind!r}")
+            if storage.kind not in get_args(StorageKind) or storage.place not in get_args(Place):
+                raise ValueError(f"storage {storage.name} has kind {storage.kind!r} and place {storage.place!r}")
+        for op in self.ops:
+            if op.engine not in get_args(Engine):
+                raise ValueError(f"op {op.name} has engine {op.engine!r}")
+            for index in (*op.reads, *op.writes, *op.replay):
+                if not 0 <= index < count:
+                    raise ValueError(f"op {op.name} names storage {index}, but there are {count}")
         for index in (*self.outputs, *self.updates, *self.gradients):
             if not 0 <= index < count:
                 raise ValueError(f"there is no storage {index}")
+        self._check_writers()
+        self._check_reads()
+
+    def _check_writers(self) -> None:
+        """Each storage that an op has to write is written by one plain op, or by alternatives alone."""
+        writers = Counter(s for op in self.plain_ops for s in op.writes)
+        for index, storage in enumerate(self.storages):
+            given = storage.kind in RESIDENT or storage.kind == "tangent" or index in self.replayed
+            number, others = writers[index], len(self.ways[index])
+            if (given and number + others) or (not given and number != 1 and not (number == 0 and others)):
+                raise ValueError(
+                    f"storage {storage.name} of kind {storage.kind} is written by {number} plain ops and {others} "
+                    "alternatives"
+                )
+        for index in (*self.outputs, *self.updates, *self.gradients):
+            if self.producer[index] < 0 and self.ways[index]:
+                raise ValueError(f"storage {self.storages[index].name} leaves the step, but no plain op writes it")
+        for op in self.ops[self.plain_count :]:
+            if op.ordered:
+                raise ValueError(f"op {op.name} is an alternative, which may be left out, so it can't be ordered")
+
+    def _check_reads(self) -> None:
         written = {i for i, s in enumerate(self.storages) if s.kind in RESIDENT} | self.replayed
         for position, op in enumerate(self.ops):
             if position == self.forward_count:
                 written |= {i for i, s in enumerate(self.storages) if s.kind == "tangent"}
-            for index in (*op.reads, *op.writes, *op.replay):
-                if not 0 <= index < count:
-                    raise ValueError(f"op {op.name} names storage {index}, but there are {count}")
             missing = [self.storages[s].name for s in op.reads if s not in written]
             if missing:
                 raise ValueError(f"op {op.name} reads {missing[0]} before it is written")
             written.update(op.writes)
 
 
-def _rows(columns: Mapping[str, Any], kind: type) -> list[dict[str, Any]]:
-    names = [f.name for f in fields(kind)]
-    return [dict(zip(names, row, strict=True)) for row in zip(*(columns[name] for name in names), strict=True)]
+def _scalars() -> list[str]:
+    """Fields of a graph that are one value each in a file."""
+    return [field.name for field in fields(Graph) if field.name not in ("ops", "storages")]
 
 
-_MOST_BYTES = 2**46
-"""A larger size is a damaged file; sums over all storages and ops of a file that can be read fit 64 bits."""
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= _MOST_BYTES
-
-
-_IS_VALID: dict[str, Callable[[Any], bool]] = {
-    "int": _is_count,
-    "float": lambda value: type(value) in (int, float) and 0 <= value <= 1e18,
-    "bool": lambda value: type(value) is bool,
-    "str": lambda value: type(value) is str,
-    "tuple[int, ...]": lambda value: type(value) is tuple and all(map(_is_count, value)),
-    "StorageKind": lambda value: value in get_args(StorageKind),
-}
-"""By annotation: whether a value from a file may become a field."""
-
-
-def _valid(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The values of fields, lists made tuples. Raises ValueError for a value that the field can't have."""
-    frozen = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    for field in fields(kind):
-        if field.name in frozen and not _IS_VALID[str(field.type)](frozen[field.name]):
-            raise ValueError(f"{kind.__name__}.{field.name} is {frozen[field.name]!r}")
-    return frozen
+def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A graph's file as the latest format has it."""
+    if "format" not in data:  # the first format did not say which it was
+        ops, storages = data["ops"], data["storages"]
+        data = {
+            **data,
+            "ops": {**ops, "engine": ["compute"] * len(ops["name"])},
+            "storages": {**storages, "place": ["device"] * len(storages["name"])},
+            "alternatives": 0,
+        }
+    elif type(data["format"]) is not int or data["format"] != _FORMAT:
+        raise ValueError(f"its format is {data['format']!r}, and {_FORMAT} is the latest that is known here")
+    return data

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FORMAT = 1
+_FORMAT, _READABLE = 2, (1, 2)
 _LARGEST_BYTES = 512 * 2**20
 _MOST_STEPS = 10_000_000
 
@@ -101,7 +101,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote. Figures are computed anew, never taken from the file.
+        """The plan that `to_json` wrote, now or in an earlier format. Figures are computed anew, never taken from it.
 
         Raises:
             PlanFormatError: not JSON, not a plan, too large, damaged, or a schedule that its graph does not allow.
@@ -112,8 +112,10 @@ class Plan:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise PlanFormatError(f"this is not JSON: {error}") from error
-        if not isinstance(data, Mapping) or data.get("fxckpt_plan") != _FORMAT:
-            raise PlanFormatError(f"this is not a plan written by fxckpt (format {_FORMAT})")
+        if not isinstance(data, Mapping) or "fxckpt_plan" not in data:
+            raise PlanFormatError("this is not a plan written by fxckpt")
+        if type(data["fxckpt_plan"]) is not int or data["fxckpt_plan"] not in _READABLE:
+            raise PlanFormatError(f"the plan's format is {data['fxckpt_plan']!r}; up to {_FORMAT} can be read here")
         try:
             plan = cls(
                 graph=Graph.from_dict(data["graph"]),

@@ -48,8 +48,13 @@ class Schedule:
 
 
 def plain(graph: Graph) -> Schedule:
-    """Every op once, in the order of the plain model."""
-    return Schedule(tuple(range(len(graph.ops))), graph.forward_count)
+    """Every plain op once, in the order of the plain model."""
+    return Schedule(tuple(range(graph.plain_count)), graph.forward_count)
+
+
+def is_asynchronous(graph: Graph, schedule: Schedule) -> bool:
+    """Whether another engine than compute carries out any of its steps."""
+    return bool(graph.asynchronous) and not graph.asynchronous.isdisjoint(schedule.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +69,19 @@ def deliveries(graph: Graph, schedule: Schedule) -> list[Delivery]:
     """Where in backward gradients leave, and which.
 
     Backward runs in stages. A stage ends where `Graph.stage_bytes` of finished gradients are waiting, and at the end.
+    What another engine than compute writes is finished at the first compute op that reads it.
     """
     gradients = frozenset(graph.gradients)
-    start = schedule.forward_steps
+    start, flying = schedule.forward_steps, is_asynchronous(graph, schedule)
     waiting = [s for s in graph.gradients if graph.storages[s].kind != "backward"]  # a tangent that is passed through
     waiting_bytes = graph.bytes_of(waiting)
     seen = set(waiting)
     stages: list[Delivery] = []
     for step in range(start, len(schedule)):
-        for storage in graph.ops[schedule.order[step]].writes:
+        finished = graph.ops[schedule.order[step]].writes
+        if flying:
+            finished = _finished(graph, schedule, step)
+        for storage in finished:
             if storage in gradients and storage not in seen:
                 seen.add(storage)
                 waiting.append(storage)
@@ -81,6 +90,22 @@ def deliveries(graph: Graph, schedule: Schedule) -> list[Delivery]:
             stages.append(Delivery(step, tuple(waiting)))
             waiting, waiting_bytes = [], 0
     return stages
+
+
+def _finished(graph: Graph, schedule: Schedule, step: int) -> tuple[int, ...]:
+    """What compute may use from a step on: what it wrote itself, and what it has waited for."""
+    index = schedule.order[step]
+    op = graph.ops[index]
+    if step < len(schedule) - 1:
+        return () if index in graph.asynchronous else (*op.writes, *op.reads)
+    ran = dict.fromkeys(schedule.order[schedule.forward_steps :])
+    return tuple(dict.fromkeys(s for i in ran for s in graph.ops[i].writes))
+
+
+def departures(graph: Graph, schedule: Schedule) -> dict[int, tuple[int, ...]]:
+    """After which step which storages leave: outputs and updates when forward ends, gradients with their delivery."""
+    leaving = {schedule.forward_steps - 1: (*graph.outputs, *graph.updates)}
+    return leaving | {delivery.step: delivery.gradients for delivery in deliveries(graph, schedule)}
 
 
 def check(graph: Graph, schedule: Schedule) -> None:
@@ -102,7 +127,7 @@ def check(graph: Graph, schedule: Schedule) -> None:
             _check_forward_ended(graph, available, executed)
             available |= {i for i, s in enumerate(graph.storages) if s.kind == "tangent"}
         op = graph.ops[index]
-        if step < schedule.forward_steps and index >= graph.forward_count:
+        if step < schedule.forward_steps and graph.forward_count <= index < graph.plain_count:
             raise InvalidScheduleError(f"step {step} runs the backward op {op.name} in forward")
         if index in executed and op.pinned:
             raise InvalidScheduleError(f"step {step} repeats {op.name}, which must run once: {op.pinned}")
@@ -115,7 +140,7 @@ def check(graph: Graph, schedule: Schedule) -> None:
     if len(schedule) == schedule.forward_steps:
         _check_forward_ended(graph, available, executed)
     _check_written(graph, available | _tangents(graph), graph.gradients, "backward ends")
-    _check_executed(graph, range(len(graph.ops)), executed, "backward ends")
+    _check_executed(graph, range(graph.plain_count), executed, "backward ends")
     for first, second in pairwise(_ordered_first_runs(graph, schedule)):
         if first > second:
             names = graph.ops[second].name, graph.ops[first].name

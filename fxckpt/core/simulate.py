@@ -2,11 +2,13 @@
 
 Semantics, exactly those of the emitted graphs: an op allocates what it writes and its workspace while all it reads is
 live; after it, every storage that nothing reads any more is freed. Parameters, buffers and inputs are there all the
-time, outputs from the moment they are written, tangents from the start of backward until their last reader.
+time, outputs from the moment they are written, tangents from the start of backward until their last reader. Bytes
+follow from the order alone (`core.lifetimes`), time from the clocks of the engines (`core.engines`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import fsum
@@ -15,8 +17,11 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from fxckpt.core import engines
 from fxckpt.core import schedule as schedules
-from fxckpt.core.graph import RESIDENT, Graph
+from fxckpt.core.engines import Clocks, Times
+from fxckpt.core.graph import RESIDENT, Graph, Place
+from fxckpt.core.lifetimes import Lifetime, lifetimes
 from fxckpt.core.schedule import Schedule
 
 PeakKind = Literal[
@@ -32,19 +37,6 @@ PEAK_KINDS: tuple[PeakKind, ...] = PeakKind.__args__  # type: ignore[attr-define
 _LARGE = 0.2  # of the peak: a single tensor of this size is worth naming
 
 
-@dataclass(frozen=True, slots=True)
-class Lifetime:
-    """One copy of a storage: live from step `born` to step `dies`, both included.
-
-    `born` is -1 for nothing here: what is there before the step is not a lifetime (see `Graph.static_bytes`).
-    """
-
-    storage: int
-    born: int
-    dies: int
-    recomputed: bool
-
-
 @dataclass(frozen=True)
 class Timeline:
     """Memory and time of a schedule, step by step. Equal if graph and schedule are: all else follows from these.
@@ -52,9 +44,9 @@ class Timeline:
     Attributes:
         graph, schedule: what was simulated.
         lifetimes: every copy of every storage that the step allocates.
-        live_bytes: bytes in use during each step, workspace included; shape (steps,) [B].
+        live_bytes: bytes of the device in use during each step, workspace included; shape (steps,) [B].
         step_us: time of the whole step [µs].
-        recompute_us: the part of it that repeats ops [µs].
+        recompute_us: the part of it that computes what the plain step has computed or does not need [µs].
     """
 
     graph: Graph
@@ -71,15 +63,16 @@ class Timeline:
 
     @cached_property
     def peak_bytes(self) -> int:
-        """The most bytes in use at any step [B]."""
+        """The most bytes of the device in use at any step [B]."""
         return int(self.live_bytes.max()) if len(self.live_bytes) else self.graph.static_bytes
 
     @cached_property
     def saved(self) -> tuple[int, ...]:
-        """Storages that live from forward into backward only because backward reads them."""
-        split = self.schedule.forward_steps
+        """Storages that take the device's memory from forward into backward only because backward reads them."""
+        split, storages = self.schedule.forward_steps, self.graph.storages
         outputs = frozenset(self.graph.outputs)
-        return tuple(x.storage for x in self.lifetimes if x.born < split <= x.dies and x.storage not in outputs)
+        lasting = (x.storage for x in self.lifetimes if x.born < split <= x.dies and x.storage not in outputs)
+        return tuple(s for s in lasting if storages[s].place == "device")
 
     @cached_property
     def saved_bytes(self) -> int:
@@ -109,26 +102,29 @@ class Timeline:
     @cached_property
     def largest(self) -> int | None:
         """The largest storage at the peak that the step itself allocates, if it is a fifth of the peak or more."""
-        storages = self.graph.storages
+        sizes_bytes = self.graph.sizes_bytes("device")
         alive = (life.storage for life in self.alive_at(self.peak_step))
-        largest = max(alive, key=lambda storage: storages[storage].size_bytes, default=None)
-        if largest is None or storages[largest].size_bytes < _LARGE * self.peak_bytes:
-            return None
-        return largest
+        largest = max(alive, key=lambda storage: sizes_bytes[storage], default=None)
+        return None if largest is None or sizes_bytes[largest] < _LARGE * self.peak_bytes else largest
 
     @cached_property
     def live_bytes_by_kind(self) -> dict[PeakKind, npt.NDArray[np.int64]]:
         """`live_bytes` by what they are for: one array of shape (steps,) a kind, which add up to it [B]."""
-        graph, steps = self.graph, len(self.schedule)
-        change = {kind: np.zeros(steps + 1, dtype=np.int64) for kind in PEAK_KINDS}
-        for kind, size_bytes in self._static_bytes_by_kind().items():
-            change[kind][0] += size_bytes
+        steps, sizes_bytes = len(self.schedule), self.graph.sizes_bytes("device")
+        lives: dict[PeakKind, list[Lifetime]] = {kind: [] for kind in PEAK_KINDS}
         for kind, life in zip(self.kinds, self.lifetimes, strict=True):
-            change[kind][life.born] += graph.storages[life.storage].size_bytes
-            change[kind][life.dies + 1] -= graph.storages[life.storage].size_bytes
-        live_bytes = {kind: np.cumsum(series[:steps]) for kind, series in change.items()}
-        live_bytes["temporaries"] += _workspace_bytes(graph, self.schedule)
+            lives[kind].append(life)
+        static_bytes = self._static_bytes_by_kind()
+        live_bytes = {kind: static_bytes[kind] + _sums(lives[kind], sizes_bytes, steps) for kind in PEAK_KINDS}
+        live_bytes["temporaries"] += _workspace_bytes(self.graph, self.schedule)
         return live_bytes
+
+    def live_bytes_at(self, place: Place) -> npt.NDArray[np.int64]:
+        """Bytes of a memory in use during each step, `live_bytes` of the device; shape (steps,) [B]."""
+        if place == "device":
+            return self.live_bytes
+        static_bytes = self.graph.given_bytes(place)
+        return static_bytes + _sums(self.lifetimes, self.graph.sizes_bytes(place), len(self.schedule))
 
     @cached_property
     def kinds(self) -> tuple[PeakKind, ...]:
@@ -149,17 +145,21 @@ class Timeline:
         return tuple(map(kind, self.lifetimes))
 
     @cached_property
-    def start_us(self) -> npt.NDArray[np.float64]:
+    def clocks(self) -> Clocks:
+        """When each step starts and ends, by engine."""
+        return engines.clocks(self.graph, self.schedule)
+
+    @property
+    def start_us(self) -> Times:
         """When each step starts, and at the end when the last one ends; shape (steps + 1,) [µs]."""
-        times = np.fromiter((self.graph.ops[i].time_us for i in self.schedule.order), np.float64, len(self.schedule))
-        return np.concatenate(([0.0], np.cumsum(times)))
+        return self.clocks.start_us
 
     def _static_bytes_by_kind(self) -> dict[PeakKind, int]:
         """What is there during the whole step; the sum is `Graph.static_bytes` [B]."""
         graph = self.graph
         sums = dict.fromkeys(PEAK_KINDS, 0)
         for storage in graph.storages:
-            if storage.kind in RESIDENT:
+            if storage.kind in RESIDENT and storage.place == "device":
                 kind: PeakKind = "inputs and outputs" if storage.kind == "input" else "parameters and buffers"
                 sums[kind] += storage.size_bytes
         sums["reserved"] = graph.reserved_bytes
@@ -196,78 +196,31 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
         InvalidScheduleError: see `fxckpt.core.schedule.check`.
     """
     schedules.check(graph, schedule)
-    lifetimes = _lifetimes(graph, schedule)
-    steps = len(schedule)
-    change = np.zeros(steps + 1, dtype=np.int64)
-    for life in lifetimes:
-        size_bytes = graph.storages[life.storage].size_bytes
+    lives = lifetimes(graph, schedule)
+    live_bytes = _sums(lives, graph.sizes_bytes("device"), len(schedule))
+    live_bytes += graph.static_bytes + _workspace_bytes(graph, schedule)
+    recompute_us = fsum(graph.ops[i].time_us * count for i, count in _again(graph, schedule).items())
+    return Timeline(graph, schedule, lives, live_bytes, engines.step_us(graph, schedule), recompute_us)
+
+
+def _sums(lives: Iterable[Lifetime], sizes_bytes: Sequence[int], steps: int) -> npt.NDArray[np.int64]:
+    """Bytes of all that is live in each step [B]."""
+    change = [0] * (steps + 1)
+    for life in lives:
+        size_bytes = sizes_bytes[life.storage]
         change[life.born] += size_bytes
         change[life.dies + 1] -= size_bytes
-    step_us = fsum(graph.ops[i].time_us for i in schedule.order)  # the same in whatever order
-    recompute_us = fsum(graph.ops[i].time_us * count for i, count in schedule.repeats().items())
-    live_bytes = graph.static_bytes + np.cumsum(change[:steps]) + _workspace_bytes(graph, schedule)
-    return Timeline(graph, schedule, lifetimes, live_bytes, step_us, recompute_us)
+    return np.cumsum(np.array(change[:steps], dtype=np.int64))
+
+
+def _again(graph: Graph, schedule: Schedule) -> dict[int, int]:
+    """How often each compute op runs beyond its part in the plain step."""
+    repeats = schedule.repeats()
+    if not graph.alternatives and not graph.asynchronous:
+        return repeats
+    again = {op: repeats.get(op, 0) + (op >= graph.plain_count) for op in dict.fromkeys(schedule.order)}
+    return {op: count for op, count in again.items() if count and op not in graph.asynchronous}
 
 
 def _workspace_bytes(graph: Graph, schedule: Schedule) -> npt.NDArray[np.int64]:
     return np.fromiter((graph.ops[i].workspace_bytes for i in schedule.order), np.int64, len(schedule))
-
-
-def _lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
-    """Walk the schedule once and note for each copy of a storage when it is written and when it is last read."""
-    split, end = schedule.forward_steps, len(schedule) - 1
-    storages: list[int] = []
-    born: list[int] = []
-    dies: list[int] = []
-    recomputed: list[bool] = []
-    current: dict[int, int] = {}  # storage -> its most recent copy
-    first: dict[int, int] = {}  # storage -> its first copy, the one that is handed out
-    executed: set[int] = set()
-
-    def write(storage: int, step: int, again: bool) -> None:
-        current[storage] = len(storages)
-        first.setdefault(storage, len(storages))
-        storages.append(storage)
-        born.append(step)
-        dies.append(step)
-        recomputed.append(again)
-
-    for step, index in enumerate(schedule.order):
-        if step == split:
-            for storage, info in enumerate(graph.storages):
-                if info.kind == "tangent":
-                    write(storage, step, again=False)
-        op = graph.ops[index]
-        again = index in executed
-        executed.add(index)
-        for storage in op.reads:
-            if storage in current:  # what is there before the step has no copies
-                dies[current[storage]] = step
-        for storage in op.replay:
-            if again:
-                dies[current[storage]] = step
-            else:
-                write(storage, step, again=False)
-        for storage in op.writes:
-            write(storage, step, again)
-
-    for storage in graph.outputs:
-        if storage in first:
-            dies[first[storage]] = end
-    for storage in graph.updates:
-        if storage in first:
-            dies[first[storage]] = max(dies[first[storage]], split - 1)
-    if graph.gradients_allocated:
-        for delivery in schedules.deliveries(graph, schedule):
-            for storage in delivery.gradients:
-                dies[first[storage]] = max(dies[first[storage]], delivery.step)
-    else:
-        for storage in graph.gradients:
-            if storage in first:
-                dies[first[storage]] = end
-    unread = graph.replayed
-    return tuple(
-        Lifetime(*life)
-        for life in zip(storages, born, dies, recomputed, strict=True)
-        if life[0] not in unread or life[2] > life[1]
-    )

@@ -1,7 +1,8 @@
 import json
 import pickle
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path as File
 from typing import Any
 
 import pytest
@@ -16,18 +17,25 @@ from fxckpt.core.schedule import Schedule, check, plain
 from fxckpt.core.simulate import Figures, simulate
 from fxckpt.core.solvers import solve
 from fxckpt.errors import PlanFormatError
-from tests.support.strategies import chain, graphs_with_schedules
+from tests.support.strategies import chain, graphs_with_schedules, with_offload
 
+GOLDEN = File(__file__).parents[1] / "golden"
 SCHEDULE = Schedule((0, 1, 2, 3, 4, 0, 1, 5, 6, 7), 4)
 
 
-def make_plan() -> Plan:
-    """A plan for chain() that uses every field of the format."""
+def plan_of_first_format() -> Plan:
+    """A plan for chain() that uses every field of format 1."""
     graph = chain()
     state = Storage("state", 3, "activation")
     first = Op("f0", "layer", (0, 1), (5,), (17,), 1.0, 10, 2, "", ordered=True, module="layers.0", source="m.py:1")
     graph = Graph((first, *graph.ops[1:]), (*graph.storages, state), 4, (8,), (5,), graph.gradients, False, 16, 5)
     return Plan(graph, SCHEDULE, "dp", "reference", 150)
+
+
+def make_plan() -> Plan:
+    """The same with an activation that is sent to the host and fetched: every field of the format."""
+    graph = with_offload(plan_of_first_format().graph, 6, out_us=1.0, in_us=2.0)
+    return Plan(graph, Schedule((0, 1, 8, 2, 9, 3, 4, 0, 10, 5, 6, 7), 6), "dp", "reference", 150)
 
 
 def test_figures_are_those_of_the_simulation() -> None:
@@ -88,6 +96,37 @@ def test_any_plan_round_trips(drawn: tuple[Graph, Schedule]) -> None:
     assert Plan.from_json(plan.to_json()) == plan
 
 
+def test_plans_of_the_first_format_are_read() -> None:
+    text = (GOLDEN / "plan_format_1.json").read_text(encoding="utf-8")  # written before there were alternatives
+    plan, data = Plan.from_json(text), json.loads(text)
+    assert data["fxckpt_plan"] == 1
+    assert (plan, plan.fingerprint) == (plan_of_first_format(), data["fingerprint"])
+    assert (asdict(plan.predicted), asdict(plan.baseline)) == (data["predicted"], data["baseline"])
+    assert json.loads(plan.to_json())["fxckpt_plan"] == json.loads(plan.to_json())["graph"]["format"] == 2
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("format_", [0, 3, -1, 1.0, 2.0, "2", None, True, [2]])
+def test_other_formats_are_refused_by_name(format_: Any) -> None:
+    data = json.loads(make_plan().to_json())
+    with pytest.raises(PlanFormatError, match=r"the plan's format is .* up to 2 can be read"):
+        Plan.from_json(json.dumps(data | {"fxckpt_plan": format_}))
+    with pytest.raises(PlanFormatError, match=r"its format is .* 2 is the latest"):
+        Plan.from_json(json.dumps(data | {"graph": data["graph"] | {"format": format_}}))
+
+
+def test_what_only_the_second_format_has_must_be_there() -> None:
+    for part, name in (("ops", "engine"), ("storages", "place")):
+        data = json.loads(make_plan().to_json())
+        del data["graph"][part][name]
+        with pytest.raises(PlanFormatError, match=name):
+            Plan.from_json(json.dumps(data))
+    data = json.loads(make_plan().to_json())
+    del data["graph"]["alternatives"]
+    with pytest.raises(PlanFormatError, match="alternatives"):
+        Plan.from_json(json.dumps(data))
+
+
 def test_figures_in_a_file_are_not_believed() -> None:
     data = json.loads(make_plan().to_json())
     data["predicted"]["peak_bytes"] = 1
@@ -123,6 +162,7 @@ def test_a_schedule_that_does_not_compute_the_step_is_refused() -> None:
         '{"a":' * 100_000,
         "9" * 5000,
         '{"fxckpt_plan": 2}',
+        '{"fxckpt_plan": 3}',
         '{"fxckpt_plan": 1}',
         '{"fxckpt_plan": true}',
         '{"fxckpt_plan": 1, "graph": []}',
@@ -131,7 +171,7 @@ def test_a_schedule_that_does_not_compute_the_step_is_refused() -> None:
         "\x00",
         "import os; os.abort()",
     ],
-    ids=range(19),
+    ids=range(20),
 )
 def test_what_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanFormatError):

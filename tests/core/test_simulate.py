@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given
 
 from fxckpt.core.graph import RESIDENT, Graph, Op, Storage
+from fxckpt.core.lifetimes import Lifetime
 from fxckpt.core.schedule import Schedule, deliveries, plain
-from fxckpt.core.simulate import PEAK_KINDS, Lifetime, Timeline, simulate
+from fxckpt.core.simulate import PEAK_KINDS, Timeline, simulate
 from fxckpt.errors import InvalidScheduleError
 from tests.support.strategies import chain, graphs_with_schedules
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
-from fxckpt.core.graph import Graph, Op, Storage, StorageKind
+from fxckpt.core.graph import Engine, Graph, Op, Place, Storage, StorageKind
 from fxckpt.core.schedule import Schedule, plain
 
 sizes = st.sampled_from((0, 1, 2, 3, 5, 8, 100))
@@ -74,7 +76,7 @@ def _some(draw: st.DrawFn, items: list[int]) -> tuple[int, ...]:
 def schedules(draw: st.DrawFn, graph: Graph, *, most_repeats: int = 6) -> Schedule:
     """A valid schedule: the plain one with ops repeated anywhere after their first run, in forward too."""
     order, forward_steps = list(plain(graph).order), graph.forward_count
-    free = [i for i, op in enumerate(graph.ops) if not op.pinned]
+    free = [i for i, op in enumerate(graph.plain_ops) if not op.pinned]
     for index in draw(st.lists(st.sampled_from(free), max_size=most_repeats)) if free else ():
         place = draw(st.integers(order.index(index) + 1, len(order)))
         if place < forward_steps or (place == forward_steps and index < graph.forward_count and draw(st.booleans())):
@@ -88,6 +90,86 @@ def graphs_with_schedules(draw: st.DrawFn) -> tuple[Graph, Schedule]:
     """A graph and a valid schedule of it."""
     graph = draw(graphs())
     return graph, draw(schedules(graph))
+
+
+def with_offload(graph: Graph, storage: int, *, out_us: float = 0.0, in_us: float = 0.0) -> Graph:
+    """The graph with three alternatives more: a storage is sent to the host, waited for, and fetched again.
+
+    What is waited for is in memory no longer: `sent` takes no time and is the last that reads the original.
+    """
+    name, size_bytes = graph.storages[storage].name, graph.storages[storage].size_bytes
+    host = len(graph.storages)
+    ops = (
+        Op(f"send_{name}", "send", (storage,), (host,), time_us=out_us, engine="copy_out"),
+        Op(f"sent_{name}", "sent", (host,), ()),
+        Op(f"fetch_{name}", "fetch", (host,), (storage,), time_us=in_us, engine="copy_in"),
+    )
+    return replace(
+        graph,
+        ops=(*graph.ops, *ops),
+        storages=(*graph.storages, Storage(f"{name}.host", size_bytes, "activation", "host")),
+        alternatives=graph.alternatives + len(ops),
+    )
+
+
+engines: st.SearchStrategy[Engine] = st.sampled_from(("compute", "network", "copy_out", "copy_in"))
+
+
+@st.composite
+def graphs_with_alternatives(draw: st.DrawFn, *, most: int = 5) -> Graph:
+    """A training step with other ways to have some of its storages, and ops that other engines carry out."""
+    graph = draw(graphs())
+    ops = [replace(op, engine="network") if draw(st.booleans()) and draw(st.booleans()) else op for op in graph.ops]
+    storages = list(graph.storages)
+    written = [s for op in ops for s in op.writes]
+    readable = [*written, *(i for i, s in enumerate(storages) if s.kind in ("parameter", "input", "tangent"))]
+    places: tuple[Place, ...] = ("host", "disk", "device")
+    count = draw(st.integers(0, most))
+    for number in range(count):
+        writes: tuple[int, ...] = tuple(draw(st.lists(st.sampled_from(written), max_size=1)) if written else ())
+        if draw(st.booleans()):
+            storages.append(Storage(f"copy{number}", draw(sizes), "activation", draw(st.sampled_from(places))))
+            writes += (len(storages) - 1,)
+        engine: Engine = draw(engines)
+        reads = tuple(draw(st.lists(st.sampled_from(readable), max_size=2, unique=True)) if readable else ())
+        time_us, pinned = float(draw(st.integers(0, 5))), draw(st.sampled_from(("", "", "once")))
+        ops.append(Op(f"way{number}", "way", reads, writes, time_us=time_us, pinned=pinned, engine=engine))
+        readable += [s for s in writes if s >= len(graph.storages)]
+    return replace(graph, ops=tuple(ops), storages=tuple(storages), alternatives=count)
+
+
+@st.composite
+def schedules_with_alternatives(draw: st.DrawFn, graph: Graph) -> Schedule:
+    """A valid schedule of a graph, with some of its alternatives anywhere where what they read is there."""
+    schedule = draw(schedules(graph))
+    order, split = list(schedule.order), schedule.forward_steps
+    for index in (
+        draw(st.lists(st.integers(graph.plain_count, len(graph.ops) - 1), max_size=6)) if graph.alternatives else ()
+    ):
+        if graph.ops[index].pinned and index in order:
+            continue
+        starts = []
+        for storage in graph.ops[index].reads:
+            made = [step for step, op in enumerate(order) if storage in graph.ops[op].writes]
+            given = {"tangent": split}.get(graph.storages[storage].kind, 0)
+            needs_op = graph.producer[storage] >= 0 or bool(graph.ways[storage])
+            starts.append(given if not needs_op else made[0] + 1 if made else len(order) + 1)
+        low = max(starts, default=0)
+        if low > len(order):
+            continue
+        place = draw(st.integers(low, len(order)))
+        late = any(graph.storages[s].kind == "tangent" for s in graph.ops[index].reads)
+        if place < split or (place == split and not late and draw(st.booleans())):
+            split += 1
+        order.insert(place, index)
+    return Schedule(tuple(order), split)
+
+
+@st.composite
+def steps_with_alternatives(draw: st.DrawFn) -> tuple[Graph, Schedule]:
+    """A graph with alternatives, and a valid schedule of it."""
+    graph = draw(graphs_with_alternatives())
+    return graph, draw(schedules_with_alternatives(graph))
 
 
 def chain(sizes_bytes: tuple[int, ...] = (10, 20, 40), *, weight_bytes: int = 4, last_bytes: int = 1) -> Graph:

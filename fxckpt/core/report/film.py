@@ -121,7 +121,8 @@ class Cells:
 def cells_of(graph: Graph) -> Cells:
     """A column for each forward op, or for as many consecutive ones as fit.
 
-    A backward op stands below the last forward op of which it reads a result, or where the op before it stands.
+    A backward op stands below the last forward op of which it reads a result, or where the op before it stands; so does
+    an alternative, which has no storages of its own here.
     """
     count = max(min(graph.forward_count, _MOST_COLUMNS), 1)
     column = [index * count // graph.forward_count for index in range(graph.forward_count)]
@@ -132,7 +133,7 @@ def cells_of(graph: Graph) -> Cells:
         column.append(latest)
     place: dict[int, tuple[int, int]] = {}
     size_bytes = np.zeros((2, count), dtype=np.int64)
-    for index, op in enumerate(graph.ops):
+    for index, op in enumerate(graph.plain_ops):
         for storage in op.writes:
             if graph.storages[storage].size_bytes:
                 place[storage] = int(index >= graph.forward_count), column[index]
@@ -143,7 +144,7 @@ def cells_of(graph: Graph) -> Cells:
 def _scenes(plan: Planned) -> list[Scene]:
     """The three schedules, all at the same pace: an op a frame, or in long steps some ops a frame."""
     graph = plan.graph
-    large = len(graph.ops) > _LARGE_OPS
+    large = graph.plain_count > _LARGE_OPS
     least = simulate(graph, sqrt(graph, 0) if large else min_memory(graph, 0, effort="fast"))
     timelines = {
         "plain model": plan.baseline_timeline,

@@ -92,8 +92,10 @@ def _kinds(timeline: Timeline) -> list[dict[str, Any]]:
 
 
 def _wiring(timeline: Timeline) -> dict[str, Any]:
-    """Ops, storages and lifetimes, column by column."""
-    graph, lifetimes = timeline.graph, timeline.lifetimes
+    """Ops, storages and lifetimes in the device's memory, column by column."""
+    graph = timeline.graph
+    lives = zip(timeline.lifetimes, timeline.kinds, strict=True)
+    shown = [(life, kind) for life, kind in lives if graph.storages[life.storage].place == "device"]
     return {
         "ops": {
             "name": [op.name for op in graph.ops],
@@ -108,10 +110,10 @@ def _wiring(timeline: Timeline) -> dict[str, Any]:
             "producer": graph.producer,
         },
         "lifetimes": {
-            "storage": [life.storage for life in lifetimes],
-            "born": [life.born for life in lifetimes],
-            "dies": [life.dies for life in lifetimes],
-            "kind": [PEAK_KINDS.index(kind) for kind in timeline.kinds],
+            "storage": [life.storage for life, _ in shown],
+            "born": [life.born for life, _ in shown],
+            "dies": [life.dies for life, _ in shown],
+            "kind": [PEAK_KINDS.index(kind) for _, kind in shown],
         },
     }
 

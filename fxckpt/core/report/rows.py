@@ -136,7 +136,7 @@ def short_target(target: str) -> str:
 
 def decision_text(row: Row) -> str:
     """The decisions of a row: "keep", "recompute", "keep 3, recompute 2" or "not needed by backward"."""
-    counts: dict[Action, int] = {"keep": 0, "recompute": 0}
+    counts: dict[Action, int] = {"keep": 0, "recompute": 0, "restore": 0}
     for decision in row.decisions:
         if decision.action != "discard":
             counts[decision.action] += 1

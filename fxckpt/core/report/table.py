@@ -73,7 +73,7 @@ def facts(plan: Planned) -> list[tuple[str, str]]:
         ("solver", f"{plan.solver} (times by cost model {plan.cost_model!r})"),
         ("budget", f"{format_bytes(plan.budget_bytes)}, {_fraction(plan)}"),
         ("gradients", gradients),
-        ("graph", f"{graph.forward_count} forward and {len(graph.ops) - graph.forward_count} backward ops"),
+        ("graph", f"{graph.forward_count} forward and {graph.plain_count - graph.forward_count} backward ops"),
         ("repeated", f"{len(repeated)} ops, {sum(repeated.values())} runs more than the plain model"),
         ("fingerprint", graph.fingerprint),
     ]

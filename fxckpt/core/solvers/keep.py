@@ -20,7 +20,7 @@ def schedule_keeping(graph: Graph, kept: Collection[int]) -> Schedule:
     Outputs are kept in any case, since they stay alive, and so is what ops write that must not be repeated.
     """
     live = {*kept, *graph.outputs, *pinned_storages(graph)}
-    backward = recomputing(graph, range(graph.forward_count, len(graph.ops)), live)
+    backward = recomputing(graph, range(graph.forward_count, graph.plain_count), live)
     return Schedule((*range(graph.forward_count), *backward), graph.forward_count)
 
 

@@ -103,7 +103,7 @@ class KeepProblem:
     def __init__(self, graph: Graph, free: Collection[int]) -> None:
         self.graph = graph
         self.free = free
-        self.read_back = frozenset(s for op in graph.ops[graph.forward_count :] for s in op.reads if self._costs(s))
+        self.read_back = frozenset(s for op in graph.backward_ops for s in op.reads if self._costs(s))
         self.ops = frozenset(closure(graph, self.read_back, free))
         self._reads = {op: [s for s in graph.ops[op].reads if self._costs(s)] for op in sorted(self.ops)}
 

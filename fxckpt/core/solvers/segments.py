@@ -97,7 +97,7 @@ def _forward_cuts(
     graph: Graph, reach: dict[int, tuple[int, int]], pinned: Collection[int], width: int, where: Where
 ) -> dict[int, tuple[int, ...]]:
     """Positions to cut at, and what crosses there; the first of several neighbours that the same storages cross."""
-    read_back = {s for op in graph.ops[graph.forward_count :] for s in op.reads}
+    read_back = {s for op in graph.backward_ops for s in op.reads}
     starts: list[list[int]] = [[] for _ in range(graph.forward_count + 1)]
     for storage, (written, _) in reach.items():
         if storage not in pinned:
@@ -146,7 +146,7 @@ def _with_backward(
         if low <= high:
             best = min(range(low, high + 1), key=lambda i: (flow_bytes[i], i))
             found.append((position, best, cuts[position]))
-    found.append((0, len(graph.ops), ()))
+    found.append((0, graph.plain_count, ()))
     forward_cuts, backward_cuts, boundaries = zip(*reversed(found), strict=True)
     return Segments(forward_cuts, backward_cuts, boundaries, pinned)
 
@@ -156,7 +156,7 @@ def _backward_limits(
 ) -> tuple[list[int], list[int]]:
     """For each forward position p: the first backward op that reads what is used up before p in forward, and the last
     one that reads what is written at p or later."""
-    count, end = graph.forward_count, len(graph.ops)
+    count, end = graph.forward_count, graph.plain_count
     first, last = [end] * (count + 1), [count - 1] * (count + 1)
     free = {*pinned, *graph.outputs}
     for index in range(count, end):
@@ -175,7 +175,7 @@ def _backward_limits(
 
 def _backward_flow(graph: Graph) -> list[int]:
     """For each backward position the bytes of storages, gradients left out, that are written before and read after."""
-    change = [0] * (len(graph.ops) + 2)
+    change = [0] * (graph.plain_count + 2)
     for storage, (born, dies) in backward_lives(graph).items():
         change[born + 1] += graph.storages[storage].size_bytes
         change[dies + 1] -= graph.storages[storage].size_bytes
@@ -186,7 +186,7 @@ def backward_lives(graph: Graph) -> dict[int, tuple[int, int]]:
     """For each storage of backward that is read, gradients left out: index of its writer and of its last reader."""
     gradients = frozenset(graph.gradients)
     lives: dict[int, tuple[int, int]] = {}
-    for index in range(graph.forward_count, len(graph.ops)):
+    for index in range(graph.forward_count, graph.plain_count):
         for storage in graph.ops[index].reads:
             kind = graph.storages[storage].kind
             if kind == "tangent":

@@ -34,9 +34,10 @@ class Reordered:
 
     def then(self, backward: Iterable[int]) -> Reordered:
         """Once more reordered: `backward` are the indices of this graph's backward ops."""
-        again = (*range(self.graph.forward_count), *backward)
-        graph = replace(self.graph, ops=tuple(self.graph.ops[i] for i in again))
-        return Reordered(graph, tuple(self.order[i] for i in again), self.held)
+        graph = self.graph
+        again = (*range(graph.forward_count), *backward, *range(graph.plain_count, len(graph.ops)))
+        ordered = replace(graph, ops=tuple(graph.ops[i] for i in again))
+        return Reordered(ordered, tuple(self.order[i] for i in again), self.held)
 
 
 def unchanged(graph: Graph) -> Reordered:
@@ -56,7 +57,7 @@ def delayed(graph: Graph) -> Reordered:
 
     The best order where nothing is kept: then activations cost no memory while nothing reads them.
     """
-    backward = range(graph.forward_count, len(graph.ops))
+    backward = range(graph.forward_count, graph.plain_count)
     read = {s for i in backward for s in graph.ops[i].reads}
     stem = [i for i in backward if graph.ops[i].ordered or any(s in read for s in graph.ops[i].writes)]
     last_read = {s: i for i in stem for s in graph.ops[i].reads}
@@ -75,7 +76,7 @@ def delayed(graph: Graph) -> Reordered:
 def _order(graph: Graph) -> tuple[list[int], list[int]]:
     """Indices of the backward ops: those that others depend on as they stand, the rest behind what they wait for, and
     those to run last."""
-    backward = range(graph.forward_count, len(graph.ops))
+    backward = range(graph.forward_count, graph.plain_count)
     read = {s for i in backward for s in graph.ops[i].reads}
     behind: dict[int, list[int]] = {}
     last: list[int] = []

@@ -141,7 +141,7 @@ class Blocks:
         self._flows: dict[int, tuple[int, ...]] = {}
         self._staying = frozenset() if graph.gradients_allocated else frozenset(graph.gradients)
         self._held = segments.pinned | frozenset(graph.outputs)
-        self._last_read = {s: i for i, op in enumerate(graph.ops) for s in op.reads}
+        self._last_read = {s: i for i, op in enumerate(graph.plain_ops) for s in op.reads}
 
     def flow(self, index: int) -> tuple[int, ...]:
         """Storages that flow through backward cut `index`."""

@@ -135,7 +135,7 @@ def _floor(graph: Graph, lowest: list[Timeline], level: Level) -> Timeline:
 
 def _keeping_nothing(graph: Graph) -> Iterator[Schedule]:
     """Everything made anew for each backward op, in several orders of backward; nothing if that is too long."""
-    backward = range(graph.forward_count, len(graph.ops))
+    backward = range(graph.forward_count, graph.plain_count)
     kept = {*graph.outputs, *pinned_storages(graph)}
     for order in dict.fromkeys((unchanged(graph), reordered(graph), delayed(graph))):
         steps = list(range(graph.forward_count))
@@ -148,7 +148,7 @@ def _keeping_nothing(graph: Graph) -> Iterator[Schedule]:
 
 def usual_effort(graph: Graph) -> Effort:
     """What to spend where nothing is said: "default", or "fast" on graphs of thousands of ops."""
-    return "fast" if len(graph.ops) > _LARGE_OPS else "default"
+    return "fast" if graph.plain_count > _LARGE_OPS else "default"
 
 
 def frontier(graph: Graph, *, effort: Effort | None = None, points: int = 32) -> list[Timeline]:

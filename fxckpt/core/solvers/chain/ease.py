@@ -51,7 +51,7 @@ def eased(graph: Graph, segments: Segments, *, saved: bool) -> list[int]:
         segments: a cutting of it; ops stay in their segments, and very long segments as they are.
         saved: whether activations count from the start.
     """
-    last_read = {s: i for i, op in enumerate(graph.ops) for s in op.reads}
+    last_read = {s: i for i, op in enumerate(graph.plain_ops) for s in op.reads}
     solved: dict[_Task, tuple[int, ...]] = {}
     order: list[int] = []
     for start, end in pairwise(reversed(segments.backward_cuts)):

@@ -67,7 +67,7 @@ class Offers:
             most_bytes=most_bytes - self._base_bytes,
             slots=fineness.slots,
         )
-        self._points = _thinned(self._chain.points(), fineness.slots * len(graph.ops) // _MOST_WORK)
+        self._points = _thinned(self._chain.points(), fineness.slots * graph.plain_count // _MOST_WORK)
         self._timelines: dict[int, Timeline] = {}
 
     def timelines(self) -> list[Timeline]:

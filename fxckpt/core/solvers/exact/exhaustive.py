@@ -48,10 +48,10 @@ def exhaustive(graph: Graph, budget_bytes: int, *, reorder: bool = True, most_op
     Raises:
         SolverError: the graph has more than `most_ops` ops.
     """
-    if len(graph.ops) > most_ops:
+    if graph.plain_count > most_ops:
         raise SolverError(
-            f"the exhaustive solver takes at most {most_ops} ops, this graph has {len(graph.ops)}: use dp or milp, or "
-            "raise most_ops and have patience"
+            f"the exhaustive solver takes at most {most_ops} ops, this graph has {graph.plain_count}: use dp or milp, "
+            "or raise most_ops and have patience"
         )
     machine = _Machine(graph, reorder)
     found = machine.fastest(budget_bytes)
@@ -77,7 +77,7 @@ class _Machine:
         self.gradients = _bits(s for s in graph.gradients if s not in resident)
         self.late = _bits(s for s in graph.gradients if graph.storages[s].kind == "backward")
         self.forward = (1 << graph.forward_count) - 1
-        self.all = (1 << len(graph.ops)) - 1
+        self.all = (1 << graph.plain_count) - 1
         self._sizes: dict[int, int] = {0: 0}
 
     def size(self, storages: int) -> int:
@@ -151,7 +151,7 @@ class _Machine:
         if executed & self.forward != self.forward:
             candidates = range(executed.bit_length(), executed.bit_length() + 1)
         else:
-            candidates = range(len(self.graph.ops))
+            candidates = range(self.graph.plain_count)
         first_left = (~executed & (executed + 1)).bit_length() - 1
         ordered_may_run = True
         for index in candidates:

@@ -61,7 +61,7 @@ class _Program:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.stages = len(graph.ops) - graph.forward_count
+        self.stages = graph.plain_count - graph.forward_count
         self.costs: list[float] = []
         self.integral: list[bool] = []
         self.rows: list[tuple[Row, float]] = []  # sum of coefficient times variable is at most the number
@@ -69,7 +69,7 @@ class _Program:
         self.resident = [s.kind in RESIDENT for s in graph.storages]
         self.held = self._held_stages()
         self.readers: dict[int, list[int]] = defaultdict(list)
-        for index, op in enumerate(graph.ops):
+        for index, op in enumerate(graph.plain_ops):
             for storage in op.reads:
                 self.readers[storage].append(index)
         self.R = [self._repeats(stage) for stage in range(self.stages)]

@@ -73,7 +73,7 @@ def polish(
     """
     wiring = Wiring(graph)
     found = [schedule, *(greedy(wiring, one, budget_bytes) for one in (schedule, *others))]
-    if search.choices and schedule.order and len(graph.ops) <= _MOST_OPS:
+    if search.choices and schedule.order and graph.plain_count <= _MOST_OPS:
         found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, search.choices)]
 
     def best(number: int) -> list[Schedule]:

@@ -8,6 +8,8 @@ from fxckpt.core.graph import RESIDENT, Graph
 class Wiring:
     """What edits need to know of a graph, as lists: made once, shared by all tapes of the graph.
 
+    Schedules of plain ops only: alternatives are not looked at, and stand in the lists to keep the numbers.
+
     Attributes:
         reads, writes: for each op the storages that it reads and writes, without those that are always there.
         sizes: bytes of each storage [B].
@@ -30,16 +32,17 @@ class Wiring:
         self.times_us = [op.time_us for op in graph.ops]
         self.pinned = [bool(op.pinned) for op in graph.ops]
         self.ordered = [op.ordered for op in graph.ops]
-        self.ordered_ops = [index for index, op in enumerate(graph.ops) if op.ordered]
+        self.ordered_ops = [index for index, op in enumerate(graph.plain_ops) if op.ordered]
         self.remakable = [s for s, op in enumerate(self.producer) if op >= 0 and self.sizes[s] and not self.pinned[op]]
         self.least_prices = {s: self.times_us[self.producer[s]] / self.sizes[s] for s in self.remakable}
         self.tangents = [s for s, info in enumerate(graph.storages) if info.kind == "tangent"]
         self.dependents: list[list[int]] = [[] for _ in graph.ops]
-        for index, reads in enumerate(self.reads):
+        for index, reads in enumerate(self.reads[: graph.plain_count]):
             for producer in {self.producer[s] for s in reads} - {-1}:
                 self.dependents[producer].append(index)
         late = frozenset(s for s in graph.gradients if graph.storages[s].kind == "backward")
-        self.gradients_of = [tuple(s for s in writes if s in late) for writes in self.writes]
+        plain = [tuple(s for s in writes if s in late) for writes in self.writes[: graph.plain_count]]
+        self.gradients_of = [*plain, *(() for _ in range(graph.alternatives))]
         self.gradient_ops = [op for op, written in enumerate(self.gradients_of) if written]
         self.passed_through = [s for s in graph.gradients if s not in late and not resident[s]]
         self.anchored = bool(set(self.tangents).difference(*self.reads)) or self._delivered_at_once()

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 
 from fxckpt.core.graph import RESIDENT
-from fxckpt.core.simulate import Lifetime, Timeline
+from fxckpt.core.lifetimes import Lifetime
+from fxckpt.core.simulate import Timeline
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.emitted import Emitted
 from fxckpt.upstream.operators import OpOverload
