@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,8 +69,11 @@ def profile_step(
     return replace(profile, graph=graph)
 
 
-def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) -> Plan:
+def make_plan(profile: Profile, options: Options, before: Sequence[Plan] = ()) -> Plan:
     """Choose a schedule: the given plan's, that of a similar graph planned before if it fits, else a solver's.
+
+    A budget that is a fraction refers to the largest step that was planned before with the same options: a smaller one,
+    such as that of an epoch's last batch, may take as many bytes.
 
     Raises:
         PlanMismatchError: the given plan is for another graph.
@@ -80,9 +83,11 @@ def make_plan(profile: Profile, options: Options, similar: Iterable[Plan] = ()) 
     graph, device = profile.graph, profile.joint.device
     baseline = simulate(graph, plain(graph))
     budget_bytes = budget_in_bytes(options.budget, baseline.peak_bytes, device)
+    if isinstance(options.budget, float):
+        budget_bytes = max(budget_bytes, *(plan.budget_bytes for plan in before), 0)
     if options.plan is not None:
         return _made_elsewhere(options.plan, graph, budget_bytes)
-    for plan in similar:
+    for plan in before:
         if plan.graph.structure == graph.structure:
             reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
             if reused.predicted.peak_bytes <= budget_bytes:

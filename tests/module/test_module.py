@@ -32,6 +32,7 @@ from fxckpt.errors import (
     RuntimeContractError,
     SolverError,
 )
+from fxckpt.module.stand_in import planner_of
 
 X = torch.linspace(-1, 1, 16 * 32).reshape(16, 32)
 
@@ -712,3 +713,22 @@ def test_the_graphs_show_what_is_repeated() -> None:
     assert runs == {op.name: 1 + repeats.get(index, 0) for index, op in enumerate(plan.graph.ops)}
     assert "yield" in graphs.backward.code
     assert "yield" not in graphs.forward.code
+
+
+@pytest.mark.works("inputs, outputs, state", "a fraction as budget refers to the largest batch, so the last one fits")
+@pytest.mark.parametrize("sizes", [(256, 256, 6, 256), (256, 300, 6, 2), (512, 1)])
+def test_a_fraction_refers_to_the_largest_batch_seen(sizes: tuple[int, ...]) -> None:
+    model = MLP(10, 64)
+    with pytest.raises(InfeasibleBudgetError):  # alone the least of them would not fit
+        fxckpt.plan(model, 0.6, example_inputs=(torch.randn(min(sizes), 64),), cost_model="reference")
+    optimized = fxckpt.optimize(model, 0.6, cost_model="reference", effort="fast")
+    planner = planner_of(optimized)
+    assert planner is not None
+    granted_bytes = 0
+    for size in sizes:
+        x = torch.randn(size, 64)
+        whole = fxckpt.plan(model, "1GB", example_inputs=(x,), cost_model="reference", gradients="fresh")
+        granted_bytes = max(granted_bytes, int(0.6 * whole.baseline.peak_bytes))
+        project(optimized(x)).backward()
+        optimized.zero_grad(set_to_none=True)
+        assert all(compiled.plan.predicted.peak_bytes <= granted_bytes for compiled in planner.compiled())
