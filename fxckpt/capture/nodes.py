@@ -1,16 +1,34 @@
-"""What a node does beside computing its outputs, and hence how it may be treated."""
+"""What a node computes, what it does beside that, and hence how it may be treated."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from fxckpt.upstream.operators import HigherOrderOperator, changes_arguments, is_operator, returns_nothing
+from fxckpt.upstream.pytree import tensors_in
 
 _NEVER_REPEATED_NAMESPACES = frozenset(("_c10d_functional", "c10d", "c10d_functional"))
 _RANDOM_ATEN = (torch.Tag.nondeterministic_seeded,)
+
+
+def value(node: fx.Node) -> Any:
+    """What the node computed when it was traced: tensors of the right form without numbers, or None."""
+    return node.meta.get("val")
+
+
+def tensors(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors that the node computes, in the order of its results."""
+    return tensors_in(value(node))
+
+
+def device(node: fx.Node) -> torch.device:
+    """Where the node's first result is, else the first of its inputs."""
+    nearby = tensors_in([value(node), *map(value, node.all_input_nodes)])
+    return nearby[0].device if nearby else torch.device("cpu")
 
 
 def is_random(node: fx.Node) -> bool:

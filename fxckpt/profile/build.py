@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import has_effects, is_random, why_pinned
+from fxckpt.capture.nodes import device, has_effects, is_random, tensors, value, why_pinned
 from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
+from fxckpt.upstream.pytree import tree_map_only
 from fxckpt.upstream.tensors import storage_key
 
 _CPU_STATE_BYTES = 5056
@@ -130,33 +130,30 @@ def _op(node: fx.Node, joint: JointGraph, map_: StorageMap, replayed: _ReplayedS
         ordered=has_effects(node),
         module=module,
         source=source,
-        signature=signature(node),
+        signature=op_form(node),
     )
 
 
-def signature(node: fx.Node) -> str:
+def op_form(node: fx.Node) -> str:
     """What op a node is, apart from its place in the graph: target, constants, and form of every tensor."""
-    args = pytree.tree_map_only(fx.Node, lambda n: _form(n.meta.get("val")), (node.args, node.kwargs))
+    args = tree_map_only(fx.Node, lambda n: _form(value(n)), (node.args, node.kwargs))
     return f"{node.target}{args}"
 
 
 def written_bytes(node: fx.Node) -> int:
     """Bytes of the storages that an op's outputs live in [B]."""
-    tensors = [t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)]
-    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors(node)}.values())
 
 
-def _form(value: Any) -> str:
-    if not isinstance(value, torch.Tensor):
-        return repr(value)
-    return f"{value.dtype}{list(value.shape)}{list(value.stride())}@{value.device}".replace("torch.", "")
+def _form(made: Any) -> str:
+    if not isinstance(made, torch.Tensor):
+        return repr(made)
+    return f"{made.dtype}{list(made.shape)}{list(made.stride())}@{made.device}".replace("torch.", "")
 
 
 def _state_bytes(node: fx.Node) -> int:
-    value = next(t for t in pytree.tree_leaves(node.meta["val"]) if isinstance(t, torch.Tensor))
-    return _CPU_STATE_BYTES if value.device.type in ("cpu", "meta") else _CUDA_STATE_BYTES
+    return _CPU_STATE_BYTES if device(node).type in ("cpu", "meta") else _CUDA_STATE_BYTES
 
 
 def _size_bytes(node: fx.Node) -> int:
-    value = node.meta["val"]
-    return int(value.numel() * value.element_size())
+    return sum(t.numel() * t.element_size() for t in tensors(node))

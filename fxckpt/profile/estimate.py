@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-aten = torch.ops.aten
+from fxckpt.capture.nodes import tensors, value
+from fxckpt.upstream.operators import ATTENTION_ON_CPU, ATTENTION_ON_CPU_BACKWARD
+from fxckpt.upstream.pytree import tree_map_only
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ def _attention_backward_flops(_: _Shape, query: _Shape, key: _Shape, value: _Sha
 
 
 CPU_ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    ATTENTION_ON_CPU: _attention_flops,
+    ATTENTION_ON_CPU_BACKWARD: _attention_backward_flops,
 }
 """What torch's own registry lacks: from the shapes of the arguments to floating-point operations."""
 
@@ -87,16 +88,14 @@ _WRAPPED = {packet: shape_wrapper(formula) for packet, formula in CPU_ATTENTION_
 def count_flops(node: fx.Node) -> int:
     """Floating-point operations of a matrix product, convolution or attention; 0 for other ops."""
     packet = getattr(node.target, "overloadpacket", None)
-    args, kwargs = pytree.tree_map(_value, (node.args, node.kwargs))
+    args, kwargs = tree_map_only(fx.Node, value, (node.args, node.kwargs))
     formula = flop_registry.get(packet) or _WRAPPED.get(packet)
-    return int(formula(*args, **kwargs, out_val=node.meta["val"])) if formula else 0
+    return int(formula(*args, **kwargs, out_val=value(node))) if formula else 0
 
 
 def traffic_bytes(node: fx.Node) -> int:
     """Bytes of all tensors that the op takes and returns [B]."""
-    values = [n.meta.get("val") for n in node.all_input_nodes] + [node.meta.get("val")]
-    tensors = [t for t in pytree.tree_leaves(values) if isinstance(t, torch.Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for n in (*node.all_input_nodes, node) for t in tensors(n))
 
 
 def roofline_us(profile: DeviceProfile, flops: int, bytes_moved: int, dtype: torch.dtype) -> float:
@@ -117,9 +116,4 @@ def estimate_us(node: fx.Node, profile: DeviceProfile) -> float:
 
 
 def _dtype(node: fx.Node) -> torch.dtype:
-    first = next((t for t in pytree.tree_leaves(node.meta.get("val")) if isinstance(t, torch.Tensor)), None)
-    return torch.float32 if first is None else first.dtype
-
-
-def _value(argument: Any) -> Any:
-    return argument.meta.get("val") if isinstance(argument, fx.Node) else argument
+    return next((t.dtype for t in tensors(node)), torch.float32)

@@ -1,8 +1,8 @@
 """The measuring cost model: run each distinct op of a graph once or a few times on its device.
 
 Workspaces (memory that a kernel allocates inside and frees before it returns) can't be known otherwise: CPU
-convolutions allocate more than their outputs. Results are kept for the life of the process, by op signature and number
-of threads; `cost_file` keeps them longer.
+convolutions allocate more than their outputs. Results are kept for the life of the process, by the form of the op and
+the number of threads; `cost_file` keeps them longer.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
+from fxckpt.capture.nodes import device, is_random, value
 from fxckpt.profile import cost_cache, private
-from fxckpt.profile.build import CostModel, OpCost, signature, written_bytes
+from fxckpt.profile.build import CostModel, OpCost, op_form, written_bytes
 from fxckpt.upstream.allocator import allocation_changes, peak_allocated_bytes
+from fxckpt.upstream.dispatch import plain_execution
+from fxckpt.upstream.pytree import tree_map_only
 
 _FEWEST_RUNS, _MOST_RUNS, _ENOUGH_US = 5, 20, 10_000.0
 _MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations
@@ -32,8 +34,8 @@ _TIME_US: dict[tuple[str, int], float] = {}
 
 def measure_private(nodes: Iterable[fx.Node]) -> None:
     """Find the sizes of buffers in a private format, read or not, and correct what was traced."""
-    with torch.no_grad(), torch.random.fork_rng():
-        for recurrent in filter(private.is_producer, nodes):
+    for recurrent in filter(private.is_producer, nodes):
+        with _without_trace(recurrent):
             call = _Call.of(recurrent)
             if call is not None:
                 private.correct_sizes(recurrent, call.run())
@@ -42,11 +44,12 @@ def measure_private(nodes: Iterable[fx.Node]) -> None:
 def measure_workspaces(nodes: Iterable[fx.Node]) -> None:
     """Find the workspace of each distinct op that is not known yet. Ops that can't be run alone have none."""
     fresh = _distinct(nodes, _WORKSPACE_BYTES)
-    on_cpu = {key: node for key, node in fresh.items() if _device(node).type == "cpu"}
+    on_cpu = {key: node for key, node in fresh.items() if device(node).type == "cpu"}
     for key, node in fresh.items():
         if key not in on_cpu:
-            call = _Call.of(node)
-            peak_bytes = peak_allocated_bytes(call.run, _device(node)) if call else 0
+            with _without_trace(node):
+                call = _Call.of(node)
+                peak_bytes = peak_allocated_bytes(call.run, device(node)) if call else 0
             _WORKSPACE_BYTES[key] = max(0, peak_bytes - written_bytes(node))
     if on_cpu:
         _measure_on_cpu(on_cpu)
@@ -60,10 +63,10 @@ def measure_times(nodes: Iterable[fx.Node], fallback: CostModel) -> None:
     the least is nearest to what the op itself takes (Chen and Revels, 2016, arXiv:1608.04295). On a busy machine both
     scatter alike, but the median is also too high.
     """
-    with torch.no_grad(), torch.random.fork_rng():
-        for key, node in _distinct(nodes, _TIME_US).items():
+    for key, node in _distinct(nodes, _TIME_US).items():
+        with _without_trace(node):
             call = _Call.of(node)
-            _TIME_US[key] = _fastest_us(call, _device(node)) if call else fallback(node).time_us
+            _TIME_US[key] = _fastest_us(call, device(node)) if call else fallback(node).time_us
 
 
 def measured(node: fx.Node) -> OpCost:
@@ -86,13 +89,13 @@ def cost_file(path: str | os.PathLike[str] | None, nodes: Sequence[fx.Node]) -> 
     if path is None or not nodes:
         yield
         return
-    file, machine, threads = Path(path), cost_cache.machine_name(_device(nodes[0])), torch.get_num_threads()
+    file, machine, threads = Path(path), cost_cache.machine_name(device(nodes[0])), torch.get_num_threads()
     kept = cost_cache.read(file, machine)
-    for signature_, cost in kept.items():
+    for form, cost in kept.items():
         if "time_us" in cost:
-            _TIME_US.setdefault((signature_, threads), float(cost["time_us"]))
+            _TIME_US.setdefault((form, threads), float(cost["time_us"]))
         if "workspace_bytes" in cost:
-            _WORKSPACE_BYTES.setdefault((signature_, threads), int(cost["workspace_bytes"]))
+            _WORKSPACE_BYTES.setdefault((form, threads), int(cost["workspace_bytes"]))
     yield
     costs = {key[0]: _known(key) for key in map(_key, nodes)}
     if any(kept.get(name, {}) != cost for name, cost in costs.items()):
@@ -102,6 +105,14 @@ def cost_file(path: str | os.PathLike[str] | None, nodes: Sequence[fx.Node]) -> 
 def _known(key: tuple[str, int]) -> dict[str, float]:
     tables = (("time_us", _TIME_US), ("workspace_bytes", _WORKSPACE_BYTES))
     return {name: table[key] for name, table in tables if key in table}
+
+
+@contextmanager
+def _without_trace(node: fx.Node) -> Iterator[None]:
+    """Run an op without gradients; what it draws is undone, and generators are left alone where it draws nothing."""
+    ran = (node, *filter(None, map(private.producer, node.all_input_nodes)))
+    with torch.no_grad(), torch.random.fork_rng(enabled=any(map(is_random, ran))):
+        yield
 
 
 @dataclass(frozen=True)
@@ -124,8 +135,8 @@ class _Call:
                     return None
                 made[source] = call.run()[source.args[1]]
             else:
-                made[source] = pytree.tree_map_only(torch.Tensor, _tensor_like, source.meta["val"])
-        args, kwargs = pytree.tree_map_only(fx.Node, made.get, (node.args, node.kwargs))
+                made[source] = tree_map_only(torch.Tensor, _tensor_like, value(source))
+        args, kwargs = tree_map_only(fx.Node, made.get, (node.args, node.kwargs))
         call = cls(node.target, args, kwargs)
         try:
             call.run()
@@ -134,18 +145,18 @@ class _Call:
         return call
 
     def run(self) -> Any:
-        """Run the op below autograd, as emitted graphs do."""
-        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
+        """Run the op as emitted graphs do."""
+        with plain_execution():
             return self.target(*self.args, **self.kwargs)
 
 
-def _tensor_like(value: torch.Tensor) -> torch.Tensor:
+def _tensor_like(traced: torch.Tensor) -> torch.Tensor:
     """A real tensor of the same form: small positive numbers, zeros for integers (valid as indices)."""
-    size_bytes = value.untyped_storage().nbytes()
-    flat = torch.zeros(size_bytes // max(value.element_size(), 1), dtype=value.dtype, device=value.device)
-    if value.dtype.is_floating_point or value.dtype.is_complex:
+    size_bytes = traced.untyped_storage().nbytes()
+    flat = torch.zeros(size_bytes // max(traced.element_size(), 1), dtype=traced.dtype, device=traced.device)
+    if traced.dtype.is_floating_point or traced.dtype.is_complex:
         flat.fill_(0.5)
-    return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+    return flat.as_strided(traced.shape, traced.stride(), traced.storage_offset())
 
 
 def _measure_on_cpu(nodes: dict[tuple[str, int], fx.Node]) -> None:
@@ -154,18 +165,18 @@ def _measure_on_cpu(nodes: dict[tuple[str, int], fx.Node]) -> None:
 
     def run_all() -> None:
         for key, node in nodes.items():
-            call = _Call.of(node)
-            if call is None:
-                _WORKSPACE_BYTES[key] = 0
-                continue
-            ran.append((key, node))
-            torch.empty(_MARK_BYTES, dtype=torch.uint8)
-            result = call.run()
-            torch.empty(_MARK_BYTES, dtype=torch.uint8)
-            del result, call
+            with _without_trace(node):
+                call = _Call.of(node)
+                if call is None:
+                    _WORKSPACE_BYTES[key] = 0
+                    continue
+                ran.append((key, node))
+                torch.empty(_MARK_BYTES, dtype=torch.uint8)
+                result = call.run()
+                torch.empty(_MARK_BYTES, dtype=torch.uint8)
+                del result, call
 
-    with torch.no_grad(), torch.random.fork_rng():
-        changes = list(allocation_changes(run_all))
+    changes = list(allocation_changes(run_all))
     for (key, node), peak_bytes in zip(ran, _peaks_between_marks(changes), strict=True):
         _WORKSPACE_BYTES[key] = max(0, peak_bytes - written_bytes(node))
 
@@ -183,20 +194,20 @@ def _peaks_between_marks(changes: list[int]) -> Iterator[int]:
             peak = max(peak, in_use)
 
 
-def _fastest_us(call: _Call, device: torch.device) -> float:
+def _fastest_us(call: _Call, place: torch.device) -> float:
     times: list[float] = []
     while len(times) < _FEWEST_RUNS or (len(times) < _MOST_RUNS and sum(times) < _ENOUGH_US):
-        _wait(device)
+        _wait(place)
         start = time.perf_counter()
         call.run()
-        _wait(device)
+        _wait(place)
         times.append((time.perf_counter() - start) * 1e6)
     return min(times)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.get_device_module(device.type).synchronize(device)
+def _wait(place: torch.device) -> None:
+    if place.type != "cpu":
+        torch.get_device_module(place.type).synchronize(place)
 
 
 def _distinct(nodes: Iterable[fx.Node], known: dict[tuple[str, int], Any]) -> dict[tuple[str, int], fx.Node]:
@@ -204,9 +215,4 @@ def _distinct(nodes: Iterable[fx.Node], known: dict[tuple[str, int], Any]) -> di
 
 
 def _key(node: fx.Node) -> tuple[str, int]:
-    return signature(node), torch.get_num_threads()
-
-
-def _device(node: fx.Node) -> torch.device:
-    leaves = pytree.tree_leaves((node.meta.get("val"), [n.meta.get("val") for n in node.all_input_nodes]))
-    return next((t.device for t in leaves if isinstance(t, torch.Tensor)), torch.device("cpu"))
+    return op_form(node), torch.get_num_threads()

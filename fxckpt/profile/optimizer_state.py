@@ -6,14 +6,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxckpt.errors import BudgetError
+from fxckpt.upstream.pytree import tensors_in
 
 
-def optimizer_state_bytes(
-    optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.nn.Parameter] = ()
-) -> int:
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.nn.Parameter] = ()) -> int:
     """Bytes of the tensors that an optimizer keeps between steps [B].
 
     An optimizer that has not stepped yet is copied onto the meta device, where a step costs nothing, and the copy's
@@ -72,5 +70,4 @@ def _stepped_bytes(kind: Any, groups: list[dict[str, Any]]) -> int:
 
 
 def _tensor_bytes(state: Any) -> int:
-    leaves = pytree.tree_leaves(list(state.values()))
-    return sum(t.numel() * t.element_size() for t in leaves if isinstance(t, torch.Tensor))
+    return sum(t.numel() * t.element_size() for t in tensors_in(list(state.values())))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import is_selection
+from fxckpt.capture.nodes import is_selection, value
 from fxckpt.capture.roles import InputKind
 from fxckpt.core.graph import Storage, StorageKind
 from fxckpt.upstream.tensors import storage_key
@@ -30,6 +29,10 @@ class StorageMap:
     behind: dict[fx.Node, int]
     writes: dict[fx.Node, tuple[int, ...]]
     forward: frozenset[fx.Node]
+
+    def is_view(self, node: fx.Node) -> bool:
+        """Whether a node does no work: it looks at memory that others wrote, or picks one of an op's results."""
+        return node.op == "call_function" and node not in self.writes
 
     def reads(self, node: fx.Node) -> tuple[int, ...]:
         """The storages that a node reads, each once."""
@@ -56,9 +59,9 @@ def map_storages(joint: JointGraph) -> StorageMap:
     for node in graph.nodes:
         if node.op == "output" or (node.op == "placeholder" and node not in kinds):
             continue  # a tangent that backward does not start from: nobody gives one
-        value = node.meta.get("val")
+        made = value(node)
         if node.op in ("placeholder", "get_attr"):
-            tensor = value if isinstance(value, torch.Tensor) else getattr(joint.module, str(node.target), None)
+            tensor = made if isinstance(made, torch.Tensor) else getattr(joint.module, str(node.target), None)
             if isinstance(tensor, torch.Tensor):
                 key = storage_key(tensor)
                 if key not in index_of:
@@ -66,8 +69,8 @@ def map_storages(joint: JointGraph) -> StorageMap:
                 behind[node] = index_of[key]
             continue
         if is_selection(node):
-            if isinstance(value, torch.Tensor):
-                behind[node] = index_of[storage_key(value)]
+            if isinstance(made, torch.Tensor):
+                behind[node] = index_of[storage_key(made)]
             continue
         kind: StorageKind = "activation" if node in forward else "backward"
         written = []
@@ -77,8 +80,8 @@ def map_storages(joint: JointGraph) -> StorageMap:
             if key not in index_of:
                 index_of[key] = add(name, tensor.untyped_storage().nbytes(), kind)
                 written.append(index_of[key])
-        if isinstance(value, torch.Tensor):
-            behind[node] = index_of[storage_key(value)]
+        if isinstance(made, torch.Tensor):
+            behind[node] = index_of[storage_key(made)]
         if written or not outputs:
             writes[node] = tuple(written)
     return StorageMap(tuple(storages), behind, writes, forward)
@@ -117,16 +120,16 @@ def _given_kinds(joint: JointGraph) -> dict[fx.Node, StorageKind]:
 
 def _tensors_written(node: fx.Node) -> list[tuple[str, torch.Tensor]]:
     """Names and values of the tensors that an op returns; those that nobody reads are allocated all the same."""
-    value: Any = node.meta.get("val")
-    if isinstance(value, torch.Tensor):
-        return [(node.name, value)]
-    if not isinstance(value, (tuple, list)):
+    made = value(node)
+    if isinstance(made, torch.Tensor):
+        return [(node.name, made)]
+    if not isinstance(made, (tuple, list)):
         return []
     picked = {user.args[1]: user for user in node.users if is_selection(user)}
     named = []
-    for position, tensor in enumerate(value):
+    for position, tensor in enumerate(made):
         user = picked.get(position)
-        tensor = user.meta["val"] if user is not None else tensor
+        tensor = value(user) if user is not None else tensor
         if isinstance(tensor, torch.Tensor):
             named.append((user.name if user is not None else f"{node.name}[{position}]", tensor))
     return named
