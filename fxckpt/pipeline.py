@@ -53,6 +53,11 @@ def profile_step(
         CaptureError: the model can't be captured as one graph.
     """
     joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
+    return profile_of(joint, options, gradients_allocated=gradients_allocated)
+
+
+def profile_of(joint: JointGraph, options: Options, *, gradients_allocated: bool) -> Profile:
+    """Attach bytes and times to a captured step."""
     profile = build(joint, cost_model(options, joint))
     graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=options.reserve_bytes)
     return replace(profile, graph=graph)

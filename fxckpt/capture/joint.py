@@ -11,7 +11,7 @@ import itertools
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -73,6 +73,7 @@ def capture(
     *,
     forward: Callable[..., Any] | None = None,
     tangents: Mapping[int, tuple[int, ...]] | None = None,
+    likely: frozenset[int] | None = None,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -83,6 +84,8 @@ def capture(
         tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent;
             None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all,
             laid out as the outputs are.
+        likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
+            known.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -103,7 +106,7 @@ def capture(
     ):
         if device.type != "cuda":
             stack.enter_context(right_strides())
-        stack.enter_context(_backward_from(traced, tangents))
+        stack.enter_context(_backward_from(traced, tangents, likely))
         joint = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs
     if outputs is None:
@@ -115,7 +118,9 @@ def capture(
 
 
 @contextlib.contextmanager
-def _backward_from(traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None) -> Iterator[None]:
+def _backward_from(
+    traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None, likely: frozenset[int] | None
+) -> Iterator[None]:
     """Let the traced backward start from some outputs only.
 
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
@@ -126,7 +131,9 @@ def _backward_from(traced: FunctionalModel, tangents: Mapping[int, tuple[int, ..
     def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename != graph_capture_wrappers.__file__:
             return original(outputs, inputs, grad_outputs, **options)
-        chosen = _likely_differentiated(traced.outputs, outputs) if tangents is None else tangents
+        chosen: Collection[int] = tangents if tangents is not None else likely or ()
+        if tangents is None and not likely:
+            chosen = _likely_differentiated(traced.outputs, outputs)
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
         grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
         inputs = [traced.leaves[id(x)][1] if id(x) in traced.leaves else x for x in inputs]

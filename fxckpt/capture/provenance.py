@@ -8,9 +8,10 @@ number.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,15 @@ class Provenance(TorchFunctionMode):
             custom = fx_traceback.current_meta.get("custom", {})
             fx_traceback.current_meta["custom"] = {**custom, _KEY: place}
         return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def annotated(place: tuple[str, str]) -> Iterator[None]:
+    """What is traced within comes from this place; as far as it is known."""
+    if place != ("", ""):
+        custom = fx_traceback.current_meta.get("custom", {})
+        fx_traceback.current_meta["custom"] = {**custom, _KEY: place}
+    yield
 
 
 def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
