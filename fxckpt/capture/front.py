@@ -106,7 +106,7 @@ def _given(source: str, example: Any) -> Given:
         kind = InputKind.BUFFER
     if kind is InputKind.ARGUMENT:
         return Given(kind, "")
-    return Given(kind, ".".join(names[0 if source.startswith(FUNCTION) else 1 :]) or "value")
+    return Given(kind, ".".join(names[1:]) or "value")
 
 
 def _distinct(given: list[Given]) -> list[Given]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import random
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch import nn
 from fxckpt.capture.front import Lifted
 from fxckpt.capture.roles import InputKind
 from fxckpt.capture.structure import put_together, take_apart
+from fxckpt.core.plans import Plan
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_of
@@ -55,28 +57,52 @@ class _Entry:
     bridges: dict[tuple[int, Tangents], Program] = field(default_factory=dict)
 
 
+class Planning:
+    """How a function's graphs are planned, and what was planned so far.
+
+    Attributes:
+        options: what the user asked for.
+        latest: what was planned last.
+        plans: all plans, since a graph of the same structure may take over another's.
+        lock: held while something is planned.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.latest: Compiled | None = None
+        self.plans: list[Plan] = []
+        self.lock = threading.RLock()
+
+    def compile(self, profile: Profile, hooked: frozenset[int]) -> Compiled:
+        """A runnable plan of a profiled step; `hooked` are the inputs that hooks may change during backward."""
+        plan = make_plan(profile, self.options, self.plans)
+        program = make_program(profile, plan.schedule, hooked)
+        annotate(profile, plan)
+        self.plans.append(plan)
+        self.latest = Compiled(profile, plan, program)
+        return self.latest
+
+
 class Front:
     """A function and its plans, one for each graph that Dynamo makes of it.
 
     Attributes:
-        latest: what was planned last.
+        planning: what was planned.
+        draws: a graph has inputs that are drawn by Python's `random` before it runs.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module | None, options: Options) -> None:
         """`model` is the one whose paths name modules and parameters."""
-        self.options = options
-        self.latest: Compiled | None = None
+        self.planning = Planning(options)
+        self.draws = False
         self._model = model
         self._graphs: list[PlannedGraph] = []
-        self._lock = threading.RLock()
         reference = weakref.ref(self)
 
         def make(graph: TracedGraph) -> Callable[..., Any]:
             owner = reference()
             assert owner is not None
-            planned = PlannedGraph(owner, graph, owner._paths())
-            owner._graphs.append(planned)
-            return planned.run_weakly()
+            return owner._make(graph)
 
         self._traced = Traced(function, make)
 
@@ -91,36 +117,37 @@ class Front:
         return self._traced(*args, **kwargs)
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Plan for these arguments. Nothing is computed."""
-        token = _preparing.set(True)
+        """Plan for these arguments. Nothing is computed.
+
+        Raises:
+            NotTraced, CaptureError: as for `call`.
+        """
+        token, drawn = _preparing.set(True), random.getstate()
         try:
             self._traced(*args, **kwargs)
         except _Planned:
             pass
         finally:
             _preparing.reset(token)
+            random.setstate(drawn)
 
     def compiled(self) -> list[Compiled]:
         """What was planned so far."""
         return [entry.expected for graph in self._graphs for entry in graph.entries()]
 
-    def _paths(self) -> dict[str, str]:
-        return {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
-
-    def plan(self, profile: Profile, hooked: frozenset[int]) -> Compiled:
-        """A runnable plan of a profiled step; `hooked` are the inputs that hooks may change during backward."""
-        plan = make_plan(profile, self.options, [compiled.plan for compiled in self.compiled()])
-        program = make_program(profile, plan.schedule, hooked)
-        annotate(profile, plan)
-        self.latest = Compiled(profile, plan, program)
-        return self.latest
+    def _make(self, graph: TracedGraph) -> Callable[..., Any]:
+        paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
+        self.draws |= any(source.startswith("random_value") for source in graph.sources)
+        planned = PlannedGraph(self.planning, graph, paths)
+        self._graphs.append(planned)
+        return planned.run_weakly()
 
 
 class PlannedGraph:
     """One graph of Dynamo's, with its plans for each state of what Dynamo does not guard."""
 
-    def __init__(self, front: Front, graph: TracedGraph, paths: dict[str, str]) -> None:
-        self._front = weakref.ref(front)
+    def __init__(self, planning: Planning, graph: TracedGraph, paths: dict[str, str]) -> None:
+        self._planning = planning
         self._lifted = Lifted(graph, paths)
         given = self._lifted.given
         self._parameters = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
@@ -157,10 +184,8 @@ class PlannedGraph:
         if entry is None:
             raise NothingToPlan
         compiled = entry.expected
-        roles = compiled.program.roles
         given = [inputs[i] for i in self._orders[id(compiled)]]
         results = run_forward(compiled.program, given, functools.partial(self._backward_for, entry, compiled, inputs))
-        del roles
         return put_together(compiled.profile.joint.outputs, iter(results))
 
     def _key(self, inputs: Sequence[torch.Tensor]) -> _Key:
@@ -172,13 +197,8 @@ class PlannedGraph:
             Ambient.now(),
         )
 
-    def _owner(self) -> Front:
-        front = self._front()
-        assert front is not None
-        return front
-
     def _entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> _Entry | None:
-        with self._owner()._lock:
+        with self._planning.lock:
             if key not in self._entries:
                 self._entries[key] = self._make_entry(key, inputs)
             return self._entries[key]
@@ -197,7 +217,7 @@ class PlannedGraph:
             return None
         compiled = self._compile(profile, key)
         entry = _Entry(key, Ambient.now(), compiled, {compiled.program.tangents: compiled})
-        if self._owner().options.verify:
+        if self._planning.options.verify:
             self._verify(entry, inputs)
         return entry
 
@@ -205,12 +225,12 @@ class PlannedGraph:
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
-        return profile_of(joint, self._owner().options, gradients_allocated=key[0])
+        return profile_of(joint, self._planning.options, gradients_allocated=key[0])
 
-    def _compile(self, profile: Profile, key: _Key, options: Options | None = None) -> Compiled:
+    def _compile(self, profile: Profile, key: _Key) -> Compiled:
         order = self._lifted.order(profile.joint.roles.inputs)
         hooked = frozenset(n for n, i in enumerate(order) if i in key[1])
-        compiled = self._owner().plan(profile, hooked)
+        compiled = self._planning.compile(profile, hooked)
         self._orders[id(compiled)] = order
         return compiled
 
@@ -219,12 +239,12 @@ class PlannedGraph:
         arguments, structure = take_apart((tuple(inputs[i] for i in self._arguments), {}))
         other_backward = functools.partial(self._other_backward, trial, entry.expected, inputs)
         check_same_step(self._lifted, entry.expected, structure, arguments, other_backward)
-        self._owner().latest = entry.expected
+        self._planning.latest = entry.expected
 
     def _backward_for(
         self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents
     ) -> Program:
-        with self._owner()._lock:
+        with self._planning.lock:
             return self._other_backward(entry, ran, inputs, present)
 
     def _other_backward(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +22,10 @@ from torch import nn
 from fxckpt.capture.constants import only_value
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.watch import Signature, watch
-from fxckpt.errors import InvalidScheduleError, PlanBypassedWarning, RuntimeContractError
+from fxckpt.errors import CaptureError, InvalidScheduleError, PlanBypassedWarning, RuntimeContractError
+from fxckpt.module.bypass import Bypasses
+from fxckpt.module.front import NothingToPlan
+from fxckpt.module.route import Route
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.profile.build import Profile
@@ -29,6 +33,7 @@ from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
+from fxckpt.upstream.dynamo import NotTraced
 from fxckpt.upstream.ops.expect import UnexpectedValue
 
 _SLOT = "_fxckpt"
@@ -117,7 +122,9 @@ class Planner:
 
     def __init__(self, plain: nn.Module, options: Options) -> None:
         self.plain, self.options = plain, options
-        self.latest: Compiled | None = None
+        self.bypasses = Bypasses()
+        self.route = Route(plain.forward, plain, options, self.bypasses, self._captured_as_before)
+        self.latest_otherwise: Compiled | None = None
         self.forward = self.planned_forward()
         self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
         self._asked: dict[Signature, tuple[int, ...]] = {}  # arguments whose values the model asks for
@@ -130,10 +137,19 @@ class Planner:
         functools.update_wrapper(forward, self.plain.forward)
         return forward
 
+    @property
+    def latest(self) -> Compiled | None:
+        """What was planned last."""
+        return self.route.front.planning.latest or self.latest_otherwise
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, planned. Without grad it is the plain forward."""
-        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-            return self.plain.forward(*args, **kwargs)
+        return self.route.call(args, kwargs)
+
+    def _captured_as_before(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Where Dynamo can't trace the model: its forward is called once while autograd and all ops are traced."""
+        if os.environ.get("FXCKPT_WHY"):
+            print("FALLBACK", type(error).__name__, error)
         tensors, structure = take_apart((args, kwargs))
         entry = self._entry(tensors, structure, args, kwargs)
         if entry is None:
@@ -163,11 +179,22 @@ class Planner:
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Capture and plan for these arguments now."""
         with torch.enable_grad():
+            try:
+                self.route.front.prepare(args, kwargs)
+                return
+            except NothingToPlan:
+                return
+            except (NotTraced, CaptureError) as error:
+                if os.environ.get("FXCKPT_WHY"):
+                    print("FALLBACK", type(error).__name__, error)
             self._entry(*take_apart((tuple(args), kwargs)), args, kwargs)
 
     def compiled(self) -> list[Compiled]:
         """What was planned so far, a plan for each input signature."""
-        return [entry.expected for entry in self._entries.values() if entry is not None]
+        return [
+            *self.route.front.compiled(),
+            *(entry.expected for entry in self._entries.values() if entry is not None),
+        ]
 
     def _entry(
         self, tensors: list[torch.Tensor], structure: Structure, args: Sequence[Any], kwargs: dict[str, Any]
@@ -226,7 +253,7 @@ class Planner:
         other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
         tensors, structure = take_apart((tuple(args), kwargs))
         check_same_step(self.plain, entry.expected, structure, tensors, other_backward)
-        self.latest = entry.expected
+        self.latest_otherwise = entry.expected
 
     def _compile(self, profile: Profile, options: Options) -> Compiled:
         similar = [entry.expected.plan for entry in self._entries.values() if entry is not None]
@@ -239,8 +266,8 @@ class Planner:
             frozenset(n for n, i in enumerate(inputs) if i.gradient is not None and i.path in hooked),
         )
         annotate(profile, plan)
-        self.latest = Compiled(profile, plan, program)
-        return self.latest
+        self.latest_otherwise = Compiled(profile, plan, program)
+        return self.latest_otherwise
 
     def _backward_for(
         self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import random
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
@@ -192,7 +192,7 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
     def call_torch(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if self.value is torch.nn.modules.activation._is_make_fx_tracing:
             return ConstantVariable.create(False)
-        if not compiled and self.value in _QUESTIONS and not _is_torchs(tx.f_code):
+        if not compiled and self.value in _QUESTIONS and not _is_told(tx.f_code):
             seen.asked_if_compiled = True
             return ConstantVariable.create(False)
         return torch_call(self, tx, args, kwargs)
@@ -218,8 +218,12 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
         yield
 
 
-def _is_torchs(code: CodeType) -> bool:
-    return code.co_filename.startswith(torch.__path__[0])
+_TOLD = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+"""Whose code knows what to do with the truth: torch's and ours."""
+
+
+def _is_told(code: CodeType) -> bool:
+    return code.co_filename.startswith(_TOLD)
 
 
 def _checkpoint(seen: Seen, **options: Any) -> Any:

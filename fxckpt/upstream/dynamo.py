@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo import config, convert_frame, eval_frame, exc
+from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.upstream.answers import Seen, answers
 
@@ -163,7 +164,7 @@ class _Callback:
         self._torchdynamo_orig_backend = convert._torchdynamo_orig_backend
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
-        with convert_frame.compile_lock, config.patch(_SETTINGS):
+        with convert_frame.compile_lock, config.patch(_SETTINGS), _disable_current_modes():
             try:
                 return self._attempt(False, frame, cache_entry, frame_state)
             except _Again:
