@@ -36,7 +36,7 @@ from fxckpt.upstream.checkpointed import checkpointing_bypassed
 from fxckpt.upstream.kernels import own_kernels
 from fxckpt.upstream.meta import made_present
 from fxckpt.upstream.ops.layout import LAID_OUT
-from fxckpt.upstream.strides import right_strides
+from fxckpt.upstream.strides import right_strides, right_views
 
 _ONE_AT_A_TIME = threading.RLock()
 """Tracing sets flags and replaces functions for the whole process."""
@@ -104,6 +104,7 @@ def capture(
         constants,
         contextlib.ExitStack() as stack,
     ):
+        stack.enter_context(right_views(on_cpu=device.type != "cuda"))
         if device.type != "cuda":
             stack.enter_context(right_strides())
         stack.enter_context(_backward_from(traced, tangents, likely))

@@ -33,6 +33,7 @@ from torch._dynamo.variables.tensor import UnspecializedPythonVariable
 
 from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
+from fxckpt.upstream.strides import right_views
 
 _TRANSLATORS = (
     convert.InstructionTranslator,
@@ -79,6 +80,7 @@ def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
                 elif handler is not None and name == "RETURN_VALUE" and kind is convert.InstructionTranslator:
                     table[opcode] = _noting_loss(handler, code, seen)
             enter(mock.patch.object(kind, "dispatch_table", table))
+        enter(right_views())
         enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
         enter(_calls(seen, compiled))
         enter(mock.patch.object(builder, "build_checkpoint_variable", functools.partial(_checkpoint, seen)))

@@ -11,6 +11,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch._C import DispatchKey
 from torch._decomp import decomposition_table
 from torch._ops import OpOverload
 from torch._prims_common import suggest_memory_format
+from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 aten = torch.ops.aten
 
@@ -132,6 +135,29 @@ OF_OTHER_FORM: dict[OpOverload, Callable[..., Results]] = {
     aten._native_batch_norm_legit_no_training.default: functools.partial(_batch_norm, None),
 }
 """From an op's results, as torch describes them, and its arguments to tensors of the form that they have on CPU."""
+
+
+_OWN_DESCRIPTIONS = (aten.view.default, aten._unsafe_view.default)
+"""Views that torch describes by Python of its own, which gives dims of size 1 other strides than the kernel does."""
+_described: dict[bool, dict[Any, Any]] = {True: {}, False: {}}
+"""What torch notes of ops that it has described before, while descriptions are ours: for CPU, for other devices."""
+
+
+@contextlib.contextmanager
+def right_views(*, on_cpu: bool = False) -> Iterator[None]:
+    """Let views have the strides that they have where they are computed, also of dims of size 1."""
+    known = fake_impls.op_implementations_dict
+    aside = {op: known.pop(op) for op in _OWN_DESCRIPTIONS if op in known}
+    kernels = {op: op.py_kernels.pop(DispatchKey.Meta) for op in _OWN_DESCRIPTIONS if DispatchKey.Meta in op.py_kernels}
+    for op in _OWN_DESCRIPTIONS:
+        op._dispatch_cache.clear()
+    try:
+        with mock.patch.object(FakeTensorMode, "cache", _described[on_cpu]):
+            yield
+    finally:
+        known.update(aside)
+        for op, kernel in kernels.items():
+            _describe(op, kernel)
 
 
 @contextlib.contextmanager
