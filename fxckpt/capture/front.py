@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxckpt.capture.joint import JointGraph, capture
-from fxckpt.capture.provenance import annotated, is_users
+from fxckpt.capture.provenance import annotate, is_users
 from fxckpt.capture.roles import Input, InputKind
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph
 from fxckpt.upstream.hooks import buffers_of, parameters_of
@@ -52,7 +52,8 @@ class Lifted(nn.Module):
         self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
         self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
         self.likely = _likely(graph)
-        self._places = {node: _place(node, paths) for node in graph.module.graph.nodes}
+        for node in graph.module.graph.nodes:
+            annotate(node, _place(node, paths))
         for given, example in zip(self.given, graph.examples, strict=True):
             if given.kind is not InputKind.ARGUMENT:
                 _put(self, given, example)
@@ -61,7 +62,7 @@ class Lifted(nn.Module):
         """The graph's outputs."""
         left = iter(arguments)
         inputs = [next(left) if given.kind is InputKind.ARGUMENT else _find(self, given) for given in self.given]
-        return _Annotating(self._graph[0], self._places).run(*inputs)
+        return fx.Interpreter(self._graph[0]).run(*inputs)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Any:
         """The graph's outputs for all its inputs, computed as eager computes them."""
@@ -79,19 +80,9 @@ class Lifted(nn.Module):
     ) -> JointGraph:
         """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
         arguments = [inputs[index] for index in self.arguments]
-        return capture(self, arguments, forward=self.forward, tangents=tangents, likely=self.likely)
-
-
-class _Annotating(fx.Interpreter):
-    """Runs a graph; what is traced meanwhile carries the places of the nodes that it comes from."""
-
-    def __init__(self, module: fx.GraphModule, places: Mapping[fx.Node, tuple[str, str]]) -> None:
-        super().__init__(module)
-        self._places = places
-
-    def run_node(self, node: fx.Node) -> Any:
-        with annotated(self._places[node]):
-            return super().run_node(node)
+        return capture(
+            self, arguments, forward=self.forward, tangents=tangents, likely=self.likely, annotates=True
+        )
 
 
 def _given(source: str, example: Any) -> Given:

@@ -74,6 +74,7 @@ def capture(
     forward: Callable[..., Any] | None = None,
     tangents: Mapping[int, tuple[int, ...]] | None = None,
     likely: frozenset[int] | None = None,
+    annotates: bool = False,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -86,6 +87,7 @@ def capture(
             laid out as the outputs are.
         likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
             known.
+        annotates: the model tells itself, op by op, where it comes from.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -100,7 +102,7 @@ def capture(
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
-        Provenance(modules),
+        contextlib.nullcontext() if annotates else Provenance(modules),
         constants,
         contextlib.ExitStack() as stack,
     ):

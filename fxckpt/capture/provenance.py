@@ -8,10 +8,9 @@ number.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -43,13 +42,10 @@ class Provenance(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@contextlib.contextmanager
-def annotated(place: tuple[str, str]) -> Iterator[None]:
-    """What is traced within comes from this place; as far as it is known."""
+def annotate(node: fx.Node, place: tuple[str, str]) -> None:
+    """What is traced while `node` is interpreted comes from this place, as far as it is known."""
     if place != ("", ""):
-        custom = fx_traceback.current_meta.get("custom", {})
-        fx_traceback.current_meta["custom"] = {**custom, _KEY: place}
-    yield
+        node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: place}
 
 
 def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:

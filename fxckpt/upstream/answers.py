@@ -82,6 +82,7 @@ def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
             enter(mock.patch.object(kind, "dispatch_table", table))
         enter(right_views())
         enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
+        enter(mock.patch.object(TensorVariable, "unpack_var_sequence", _unbound(TensorVariable.unpack_var_sequence)))
         enter(_calls(seen, compiled))
         enter(mock.patch.object(builder, "build_checkpoint_variable", functools.partial(_checkpoint, seen)))
         enter(mock.patch.object(misc.LoggingLoggerVariable, "call_method", _log))
@@ -180,6 +181,19 @@ def _item(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, tx, *args, **kwargs) if known is None else ConstantVariable.create(known)
 
     return item
+
+
+def _unbound(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor that is taken apart along its first dim is taken apart by one op, as eager does."""
+
+    def unpack(self: Any, tx: Any, idxes: Any = None) -> Any:
+        rows = self.size[0] if self.valid_size() and len(self.size) else 0
+        if type(self) is not TensorVariable or not isinstance(rows, int) or not rows or len(idxes or range(rows)) != rows:
+            return original(self, tx, idxes)
+        parts = self.call_method(tx, "unbind", [ConstantVariable.create(0)], {})
+        return parts.unpack_var_sequence(tx)
+
+    return unpack
 
 
 # Calls
