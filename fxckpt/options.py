@@ -66,6 +66,9 @@ class Options:
         run_ops: whether ops may be run to find their workspace and time.
         plan: a plan to apply instead of solving.
         verify: whether to compare a step with the plain model's whenever one is planned.
+        methods: names of methods to plan beside forward.
+        graph_breaks: whether a model may run as several graphs, each planned.
+        max_plans: how many plans are kept.
     """
 
     budget: Budget
@@ -78,6 +81,9 @@ class Options:
     run_ops: bool = True
     plan: Plan | None = None
     verify: bool = False
+    methods: tuple[str, ...] = ()
+    graph_breaks: bool = False
+    max_plans: int = 64
 
 
 def read_options(

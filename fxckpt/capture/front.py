@@ -89,7 +89,7 @@ def _given(source: str, example: Any) -> Given:
     parts = [next((v, k) for k, v in match.groupdict().items() if v) for match in _PART.finditer(source)]
     names = [name.strip("'\"") for name, _ in parts if name not in _NOT_NAMED]
     kind = InputKind.ARGUMENT
-    if isinstance(example, nn.Parameter):
+    if isinstance(example, nn.Parameter) or (parts and parts[-1][1] == "parameter"):
         kind = InputKind.PARAMETER
     elif source.startswith(FUNCTION) or any(what in ("module", "buffer") for _, what in parts):
         kind = InputKind.BUFFER

@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd import collect_metadata_analysis, graph_capture_wrappers
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch.autograd.graph import get_gradient_edge
 from torch.fx.experimental import proxy_tensor
 
 from fxckpt.capture.checks import checks_kept
@@ -134,16 +135,28 @@ def _backward_from(
     def grad(outputs: Any, inputs: Any, grad_outputs: Any = None, **options: Any) -> Any:
         if sys._getframe(1).f_code.co_filename != graph_capture_wrappers.__file__:
             return original(outputs, inputs, grad_outputs, **options)
+        # Among the outputs are leaves that forward changes, which autograd does not see.
+        pairs = [(o, t) for o, t in zip(outputs, grad_outputs, strict=True) if id(o) not in traced.leaves]
+        outputs, grad_outputs = [o for o, _ in pairs], [t for _, t in pairs]
         chosen: Collection[int] = tangents if tangents is not None else likely or ()
         if tangents is None and not likely:
             chosen = _likely_differentiated(traced.outputs, outputs)
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
         grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
-        inputs = [traced.leaves[id(x)][1] if id(x) in traced.leaves else x for x in inputs]
+        leaves = {_origin(before): leaf for before, leaf in traced.leaves.values()}
+        inputs = [leaves.get(get_gradient_edge(x).node, x) for x in inputs]
         return original(outputs, inputs, grad_outputs, **options)
 
     with mock.patch("torch.autograd.grad", grad):
         yield
+
+
+def _origin(tensor: torch.Tensor) -> object:
+    """The node of autograd's that stands for a tensor; for what AOTAutograd copied, since forward changes it, that of
+    the tensor before.
+    """
+    node = get_gradient_edge(tensor).node
+    return node.next_functions[0][0] if node.name() == "CloneBackward0" else node
 
 
 def _as_given(tangent: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:

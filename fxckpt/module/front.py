@@ -24,6 +24,7 @@ from fxckpt.capture.roles import InputKind
 from fxckpt.capture.structure import put_together, take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.module.refused import check_plannable
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_of
 from fxckpt.profile.build import Profile
@@ -65,10 +66,12 @@ class Planning:
         latest: what was planned last.
         plans: all plans, since a graph of the same structure may take over another's.
         lock: held while something is planned.
+        runs: how many graphs ran by a plan.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
+        self.runs = 0
         self.latest: Compiled | None = None
         self.plans: list[Plan] = []
         self.lock = threading.RLock()
@@ -91,9 +94,9 @@ class Front:
         draws: a graph has inputs that are drawn by Python's `random` before it runs.
     """
 
-    def __init__(self, function: Callable[..., Any], model: nn.Module | None, options: Options) -> None:
+    def __init__(self, function: Callable[..., Any], model: nn.Module | None, planning: Planning) -> None:
         """`model` is the one whose paths name modules and parameters."""
-        self.planning = Planning(options)
+        self.planning = planning
         self.draws = False
         self._model = model
         self._graphs: list[PlannedGraph] = []
@@ -136,6 +139,8 @@ class Front:
         return [entry.expected for graph in self._graphs for entry in graph.entries()]
 
     def _make(self, graph: TracedGraph) -> Callable[..., Any]:
+        if self._model is not None:
+            check_plannable(self._model)
         paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
         self.draws |= any(source.startswith("random_value") for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, paths)
@@ -184,6 +189,7 @@ class PlannedGraph:
         if entry is None:
             raise NothingToPlan
         compiled = entry.expected
+        self._planning.runs += 1
         given = [inputs[i] for i in self._orders[id(compiled)]]
         results = run_forward(compiled.program, given, functools.partial(self._backward_for, entry, compiled, inputs))
         return put_together(compiled.profile.joint.outputs, iter(results))

@@ -24,7 +24,9 @@ from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.watch import Signature, watch
 from fxckpt.errors import CaptureError, InvalidScheduleError, PlanBypassedWarning, RuntimeContractError
 from fxckpt.module.bypass import Bypasses
-from fxckpt.module.front import NothingToPlan
+from fxckpt.module.front import NothingToPlan, Planning
+from fxckpt.module.methods import Methods, watched_methods
+from fxckpt.module.refused import check_plannable
 from fxckpt.module.route import Route
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
@@ -34,6 +36,7 @@ from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
 from fxckpt.upstream.dynamo import NotTraced
+from fxckpt.upstream.hooks import call_module
 from fxckpt.upstream.ops.expect import UnexpectedValue
 
 _SLOT = "_fxckpt"
@@ -42,6 +45,7 @@ _SLOT = "_fxckpt"
 def stand_in(model: nn.Module, options: Options) -> nn.Module:
     """A module that stands in for `model` and is planned by `options`, at its first call or by `prepare`."""
     plain = plain_model(model)
+    check_plannable(plain)
     plain_class: Any = type(plain)
     kind = _stand_in_class(plain_class)
     module = object.__new__(kind)
@@ -66,6 +70,9 @@ class _StandIn:
 
     _fxckpt: Planner
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_module(self, args, kwargs)  # whatever `nn.Module.compile` left on the model
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         planner = self._fxckpt
         return stand_in(copy.deepcopy(planner.plain, memo), planner.options)
@@ -87,10 +94,10 @@ class _Forward:
         return self._plain_forward if module is None else module._fxckpt.forward
 
     def __set__(self, module: Any, forward: Callable[..., Any]) -> None:
-        module._fxckpt.forward = forward
+        module._fxckpt.set_forward(forward)
 
     def __delete__(self, module: Any) -> None:
-        module._fxckpt.forward = module._fxckpt.planned_forward()
+        module._fxckpt.set_forward(None)
 
 
 @functools.cache
@@ -101,6 +108,7 @@ def _stand_in_class(kind: Any) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "forward": _Forward(kind.forward),
+        **watched_methods(kind),
     }
     return type(kind.__name__, (_StandIn, kind), body)
 
@@ -122,10 +130,11 @@ class Planner:
 
     def __init__(self, plain: nn.Module, options: Options) -> None:
         self.plain, self.options = plain, options
+        self.planning = Planning(options)
         self.bypasses = Bypasses()
-        self.route = Route(plain.forward, plain, options, self.bypasses, self._captured_as_before)
-        self.latest_otherwise: Compiled | None = None
-        self.forward = self.planned_forward()
+        self.methods = Methods(plain, self.planning, self.bypasses)
+        self.route = Route(plain.forward, plain, self.planning, self.bypasses, self._captured_as_before)
+        self.forward = self._own_forward = self.planned_forward()
         self._entries: dict[tuple[Signature, bool], _Entry | None] = {}
         self._asked: dict[Signature, tuple[int, ...]] = {}  # arguments whose values the model asks for
         self._lock = threading.Lock()
@@ -140,7 +149,16 @@ class Planner:
     @property
     def latest(self) -> Compiled | None:
         """What was planned last."""
-        return self.route.front.planning.latest or self.latest_otherwise
+        return self.planning.latest
+
+    def set_forward(self, forward: Callable[..., Any] | None) -> None:
+        """Plan another function in forward's place; None for the model's own."""
+        if forward is None or forward is self._own_forward:
+            self.forward = self._own_forward
+            return
+        route = self.methods.route(forward, "forward was replaced by a function that can't be planned as a whole")
+        self.forward = functools.partial(Route.called, route)
+        functools.update_wrapper(self.forward, forward)
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, planned. Without grad it is the plain forward."""
@@ -193,6 +211,7 @@ class Planner:
         """What was planned so far, a plan for each input signature."""
         return [
             *self.route.front.compiled(),
+            *self.methods.compiled(),
             *(entry.expected for entry in self._entries.values() if entry is not None),
         ]
 
@@ -253,7 +272,7 @@ class Planner:
         other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
         tensors, structure = take_apart((tuple(args), kwargs))
         check_same_step(self.plain, entry.expected, structure, tensors, other_backward)
-        self.latest_otherwise = entry.expected
+        self.planning.latest = entry.expected
 
     def _compile(self, profile: Profile, options: Options) -> Compiled:
         similar = [entry.expected.plan for entry in self._entries.values() if entry is not None]
@@ -266,8 +285,8 @@ class Planner:
             frozenset(n for n, i in enumerate(inputs) if i.gradient is not None and i.path in hooked),
         )
         annotate(profile, plan)
-        self.latest_otherwise = Compiled(profile, plan, program)
-        return self.latest_otherwise
+        self.planning.latest = Compiled(profile, plan, program)
+        return self.planning.latest
 
     def _backward_for(
         self, entry: _Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents

@@ -11,8 +11,7 @@ from torch import nn
 
 from fxckpt.errors import CaptureError
 from fxckpt.module.bypass import Bypasses, wants_gradients
-from fxckpt.module.front import Front, NothingToPlan
-from fxckpt.options import Options
+from fxckpt.module.front import Front, NothingToPlan, Planning
 from fxckpt.upstream.dynamo import NotTraced
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.tracers import tracer_at_work
@@ -26,21 +25,23 @@ class Route:
 
     Attributes:
         front: plans it.
-        planned_calls: how many calls ran by a plan.
     """
 
     def __init__(
         self,
         function: Callable[..., Any],
         model: nn.Module | None,
-        options: Options,
+        planning: Planning,
         bypasses: Bypasses,
         otherwise: Otherwise,
     ) -> None:
         self.function = function
-        self.front = Front(function, model, options)
-        self.planned_calls = 0
+        self.front = Front(function, model, planning)
         self._bypasses, self._otherwise = bypasses, otherwise
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """`call`, as functions are called."""
+        return self.call(args, kwargs)
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result, planned if gradients are wanted."""
@@ -55,6 +56,7 @@ class Route:
             if wants_gradients(result):
                 self._bypasses.say(f"the module was called under {tracer}", stacklevel=3)
             return result
+        runs = self.front.planning.runs
         drawn = random.getstate() if self.front.draws else None
         try:
             result = self.front.call(args, kwargs)
@@ -69,7 +71,8 @@ class Route:
         except (NotTraced, CaptureError) as error:
             _put_back(drawn)
             return self._otherwise(error, args, kwargs)
-        self.planned_calls += 1
+        if self.front.planning.runs == runs and wants_gradients(result):
+            self._bypasses.say("TorchDynamo made no graph of the call (is it turned off?)", stacklevel=3)
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,3 +49,13 @@ def gradient_hooks_of(tensor: torch.Tensor) -> dict[int, Any] | None:
 def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
     """Whether something is called when the parameter's gradient is there, and may change the parameter then."""
     return bool(parameter._post_accumulate_grad_hooks)
+
+
+def call_module(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a module's forward and its hooks, as a module does that `compile` was not called of."""
+    return module._call_impl(*args, **kwargs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `nn.Module.compile` was called of the module."""
+    return module._compiled_call_impl is not None
