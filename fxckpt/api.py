@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TextIO, TypeVar, Unpack, cast
 
 import torch
@@ -19,9 +19,10 @@ from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
 from fxckpt.core.report.table import plan_text
 from fxckpt.errors import BudgetError, CaptureError, FxckptError
+from fxckpt.module.profiled import profile_call
 from fxckpt.module.stand_in import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, OptimizeOptions, Options, PlanOptions, read_options
-from fxckpt.pipeline import Compiled, free_bytes, make_plan, profile_step
+from fxckpt.pipeline import Compiled, free_bytes, make_plan
 from fxckpt.profile.build import Profile
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.steps.comparison import Comparison, compare
@@ -39,6 +40,9 @@ def optimize(
     example_kwargs: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
     verify: bool = False,
+    methods: Sequence[str] = (),
+    graph_breaks: bool = False,
+    max_plans: int = 64,
     **options: Unpack[OptimizeOptions],
 ) -> Model:
     """The same model, training within a memory budget with the same gradients.
@@ -53,6 +57,10 @@ def optimize(
         plan: a plan to apply instead of solving; an `OverBudgetWarning` says so where its peak is over the budget here.
         verify: run each planned step and the plain one once, on copies of the model, and compare what they leave bit by
             bit. Takes the memory of the plain step.
+        methods: names of methods to plan beside forward, such as ("encode_image",). Each call of one is a step.
+        graph_breaks: where TorchDynamo can't make one graph of forward, plan each of several. By default that is an
+            error, since each of them is planned as if the others took no memory.
+        max_plans: how many plans to keep; beyond, the one that was used least recently is forgotten.
         **options: how to plan: `solver`, `effort`, `solver_options`, `cost_model`, `cost_cache`, `device`, `optimizer`,
             `reserve`; see `Options`.
 
@@ -71,7 +79,9 @@ def optimize(
     """
     if plan is not None and memory_budget is None:
         memory_budget = plan.budget_bytes
-    result = stand_in(_module(model), read_options(memory_budget, options, plan=plan, verify=verify))
+    read = read_options(memory_budget, options, plan=plan, verify=verify)
+    read = replace(read, methods=_methods(model, methods), graph_breaks=graph_breaks, max_plans=max_plans)
+    result = stand_in(_module(model), read)
     planner = planner_of(result)
     assert planner is not None
     if example_inputs is not None or example_kwargs is not None:
@@ -318,18 +328,21 @@ def _profile(
         allocated = watch(plain).gradients_allocated()
     try:
         with torch.enable_grad():
-            return profile_step(
-                plain,
-                _arguments(example_inputs),
-                dict(example_kwargs or {}),
-                options,
-                forward=plain.forward,
-                gradients_allocated=allocated,
+            return profile_call(
+                plain, _arguments(example_inputs), dict(example_kwargs or {}), options, gradients_allocated=allocated
             )
     except CaptureError as error:
         if example_inputs is None and example_kwargs is None:
             raise CaptureError(f"{error}. It was called without arguments: give example_inputs=(x,)") from error
         raise
+
+
+def _methods(model: object, names: Sequence[str]) -> tuple[str, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        if not callable(getattr(model, name, None)):
+            raise FxckptError(f"the model has no method {name!r} to plan")
+    return names
 
 
 def _module(model: Model) -> Model:

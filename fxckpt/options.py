@@ -80,6 +80,9 @@ class Options:
         run_ops: whether ops may be run to find their workspace and time.
         plan: a plan to apply instead of solving.
         verify: whether to compare a step with the plain model's whenever one is planned.
+        methods: names of methods to plan beside forward.
+        graph_breaks: whether a model may run as several graphs, each planned.
+        max_plans: how many plans are kept.
 
     Raises:
         BudgetError: the budget, the reserve, the optimizer's name, the cost model or `gradients` makes no sense.
@@ -123,6 +126,9 @@ class Options:
     run_ops: bool = True
     plan: Plan | None = None
     verify: bool = False
+    methods: tuple[str, ...] = ()
+    graph_breaks: bool = False
+    max_plans: int = 64
 
     def __post_init__(self) -> None:
         if self.cost_model not in get_args(CostModelName):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from fxckpt.capture.joint import capture
+from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.core.decisions import decisions
 from fxckpt.core.graph import Graph
 from fxckpt.core.plans import Plan
@@ -54,6 +54,13 @@ def profile_step(
         CaptureError: the model can't be captured as one graph.
     """
     joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
+    return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated)
+
+
+def profile_of(
+    joint: JointGraph, options: Options, parameters: Iterable[nn.Parameter], *, gradients_allocated: bool
+) -> Profile:
+    """Attach bytes and times to a captured step; `parameters` are what an optimizer that is known by name steps."""
     costs = cost_model(
         joint,
         options.cost_model,
@@ -64,7 +71,7 @@ def profile_step(
     profile = build(joint, costs)
     reserved_bytes = options.reserve_bytes
     if options.optimizer is not None:
-        reserved_bytes += optimizer_state_bytes(options.optimizer, model.parameters())
+        reserved_bytes += optimizer_state_bytes(options.optimizer, parameters)
     graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=reserved_bytes)
     return replace(profile, graph=graph)
 

@@ -6,12 +6,13 @@ import contextlib
 import functools
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.autograd.graph import get_gradient_edge
 
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
@@ -29,7 +30,7 @@ from fxckpt.upstream.kernels import own_kernels
 from fxckpt.upstream.meta import made_present
 from fxckpt.upstream.ops.expect import checks_kept
 from fxckpt.upstream.ops.layout import LAID_OUT
-from fxckpt.upstream.strides import right_strides
+from fxckpt.upstream.strides import right_strides, right_views
 
 _ONE_AT_A_TIME = threading.RLock()
 """Patches are seen by the capturing thread alone, but what torch numbers and names while it traces is not: others that
@@ -67,6 +68,8 @@ def capture(
     *,
     forward: Callable[..., Any] | None = None,
     tangents: Mapping[int, tuple[int, ...]] | None = None,
+    likely: frozenset[int] | None = None,
+    annotates: bool = False,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -77,6 +80,9 @@ def capture(
         tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent;
             None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all,
             laid out as the outputs are.
+        likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
+            known.
+        annotates: the model tells itself, op by op, where it comes from.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -92,12 +98,16 @@ def capture(
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
         tracing_confined(),
-        Provenance(modules),
+        contextlib.nullcontext() if annotates else Provenance(modules),
         constants,
         contextlib.ExitStack() as stack,
     ):
-        stack.enter_context(descriptions_apart("on CUDA") if device.type == "cuda" else right_strides())
-        stack.enter_context(_backward_from(traced, tangents))
+        if device.type == "cuda":
+            stack.enter_context(descriptions_apart("on CUDA"))
+            stack.enter_context(right_views())
+        else:
+            stack.enter_context(right_strides())
+        stack.enter_context(_backward_from(traced, tangents, likely))
         module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
     outputs = traced.outputs
     if outputs is None:
@@ -108,7 +118,9 @@ def capture(
 
 
 @contextlib.contextmanager
-def _backward_from(traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None) -> Iterator[None]:
+def _backward_from(
+    traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None, likely: frozenset[int] | None
+) -> Iterator[None]:
     """Let the traced backward start from some outputs only.
 
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
@@ -116,14 +128,28 @@ def _backward_from(traced: FunctionalModel, tangents: Mapping[int, tuple[int, ..
     """
 
     def grad(original: Any, outputs: Any, inputs: Any, grad_outputs: Any, **options: Any) -> Any:
-        chosen = _likely_differentiated(traced.outputs, outputs) if tangents is None else tangents
+        # Among the outputs are leaves that forward changes, which autograd does not see.
+        pairs = [(o, t) for o, t in zip(outputs, grad_outputs, strict=True) if id(o) not in traced.leaves]
+        outputs, grad_outputs = [o for o, _ in pairs], [t for _, t in pairs]
+        chosen: Collection[int] = tangents if tangents is not None else likely or ()
+        if tangents is None and not likely:
+            chosen = _likely_differentiated(traced.outputs, outputs)
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
         grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
-        inputs = [traced.leaves[id(x)][1] if id(x) in traced.leaves else x for x in inputs]
+        leaves = {_origin(before): leaf for before, leaf in traced.leaves.values()}
+        inputs = [leaves.get(get_gradient_edge(x).node, x) for x in inputs]
         return original(outputs, inputs, grad_outputs, **options)
 
     with backward_replaced(grad):
         yield
+
+
+def _origin(tensor: torch.Tensor) -> object:
+    """The node of autograd's that stands for a tensor; for what AOTAutograd copied, since forward changes it, that of
+    the tensor before.
+    """
+    node = get_gradient_edge(tensor).node
+    return node.next_functions[0][0] if node.name() == "CloneBackward0" else node
 
 
 def _as_given(tangent: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:

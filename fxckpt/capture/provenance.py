@@ -44,6 +44,12 @@ class Provenance(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def annotate(node: fx.Node, place: tuple[str, str]) -> None:
+    """What is traced while `node` is interpreted comes from this place, as far as it is known."""
+    if place != ("", ""):
+        node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: place}
+
+
 def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
     """Module path and "file:line" of the code that is running (or of `frame`); "" where there is none."""
     frame = frame or sys._getframe(2)

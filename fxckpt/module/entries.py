@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,7 +32,7 @@ class Entry:
     """All that is known for one input signature: what to run now, and captures and backwards from other outputs.
 
     Attributes:
-        model: the user's model.
+        owner: whose parameters it uses: the same object for all entries of a model.
         options: what was asked for.
         compile: makes a plan of a profile runnable.
         signature: of the calls that it serves.
@@ -44,10 +44,10 @@ class Entry:
         kin: shared with the entry of the same calls where gradients are accounted for in the other way.
     """
 
-    model: nn.Module
+    owner: object
     options: Options
     compile: Callable[[Profile, Plan], Compiled]
-    signature: tuple[Signature, Values]
+    signature: Hashable
     gradients_allocated: bool
     expected: Compiled
     ambient: Ambient = field(default_factory=Ambient.now)
@@ -59,11 +59,6 @@ class Entry:
 
     def __post_init__(self) -> None:
         self.captured.setdefault(self.expected.program.tangents, self.expected)
-
-    @property
-    def owner(self) -> nn.Module:
-        """The model."""
-        return self.model
 
     @property
     def fraction(self) -> float | None:
@@ -157,8 +152,8 @@ class Entries:
         if entry is not None:
             asked = entry.expected.profile.joint.asked
             self._asked[form] = tuple(sorted(asked.union(self._asked.get(form, ()))))
-            entry.signature = form, self._values(form, tensors)
-            key = entry.signature, allocated
+            key = (form, self._values(form, tensors)), allocated
+            entry.signature = key[0]
         self._entries[key] = entry
 
     def twin(self, key: Key) -> Entry | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -15,14 +16,19 @@ from torch import nn
 
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.core.plans import Plan
-from fxckpt.errors import PlanBypassedWarning, RuntimeContractError
+from fxckpt.errors import CaptureError, PlanBypassedWarning, RuntimeContractError
+from fxckpt.module.bypass import Bypasses
 from fxckpt.module.entries import Entries, Entry, Key
+from fxckpt.module.front import NothingToPlan, Planning
 from fxckpt.module.ledger import ledger
+from fxckpt.module.methods import Methods
+from fxckpt.module.route import Route
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
 from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
+from fxckpt.upstream.dynamo import NotTraced
 from fxckpt.upstream.ops.expect import UnexpectedValue
 
 
@@ -38,8 +44,11 @@ class Planner:
 
     def __init__(self, plain: nn.Module, options: Options) -> None:
         self.plain, self.options = plain, options
-        self.latest: Compiled | None = None
-        self.forward = self.planned_forward()
+        self.planning = Planning(options)
+        self.bypasses = Bypasses()
+        self.methods = Methods(plain, self.planning, self.bypasses)
+        self.route = Route(plain.forward, plain, self.planning, self.bypasses, self._captured_as_before)
+        self.forward = self._own_forward = self.planned_forward()
         self._entries = Entries(plain)
         self._lock = threading.Lock()
 
@@ -49,10 +58,28 @@ class Planner:
         functools.update_wrapper(forward, self.plain.forward)
         return forward
 
+    @property
+    def latest(self) -> Compiled | None:
+        """What was planned last."""
+        return self.planning.latest
+
+    def set_forward(self, forward: Callable[..., Any] | None) -> None:
+        """Plan another function in forward's place; None for the model's own."""
+        if forward is None or forward is self._own_forward:
+            self.forward = self._own_forward
+            return
+        route = self.methods.route(forward, "forward was replaced by a function that can't be planned as a whole")
+        self.forward = functools.partial(Route.called, route)
+        functools.update_wrapper(self.forward, forward)
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """The model's forward, planned. Without grad it is the plain forward."""
-        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
-            return self.plain.forward(*args, **kwargs)
+        return self.route.call(args, kwargs)
+
+    def _captured_as_before(self, error: Exception, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Where Dynamo can't trace the model: its forward is called once while autograd and all ops are traced."""
+        if os.environ.get("FXCKPT_WHY"):
+            print("FALLBACK", type(error).__name__, error)
         tensors, structure = take_apart((args, kwargs))
         entry = self._entry(tensors, structure, args, kwargs)
         if entry is None:
@@ -86,11 +113,23 @@ class Planner:
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Capture and plan for these arguments now."""
         with torch.enable_grad():
+            try:
+                self.route.front.prepare(args, kwargs)
+                return
+            except NothingToPlan:
+                return
+            except (NotTraced, CaptureError) as error:
+                if os.environ.get("FXCKPT_WHY"):
+                    print("FALLBACK", type(error).__name__, error)
             self._entry(*take_apart((tuple(args), kwargs)), args, kwargs)
 
     def compiled(self) -> list[Compiled]:
         """What was planned so far, a plan for each input signature."""
-        return [entry.expected for entry in self._entries]
+        return [
+            *self.route.front.compiled(),
+            *self.methods.compiled(),
+            *(entry.expected for entry in self._entries),
+        ]
 
     def _entry(
         self, tensors: list[torch.Tensor], structure: Structure, args: Sequence[Any], kwargs: dict[str, Any]
@@ -123,7 +162,7 @@ class Planner:
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
         compiled = self._compile(profile, self.options)
-        entry = Entry(self.plain, self.options, self._runnable, signature, allocated, compiled)
+        entry = Entry(self.planning, self.options, self._runnable, signature, allocated, compiled)
         entry.kin = entry.kin if twin is None else twin.kin
         if self.options.verify:
             self._verify(entry, args, kwargs)
@@ -135,7 +174,7 @@ class Planner:
         other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
         tensors, structure = take_apart((tuple(args), kwargs))
         check_same_step(self.plain, entry.expected, structure, tensors, other_backward)
-        self.latest = entry.expected
+        self.planning.latest = entry.expected
 
     def _compile(self, profile: Profile, options: Options) -> Compiled:
         return self._runnable(profile, make_plan(profile, options, [compiled.plan for compiled in self.compiled()]))
@@ -146,8 +185,8 @@ class Planner:
         waiting = frozenset(n for n, i in inputs if i.gradient is not None and i.path in hooked)
         program = make_program(profile, plan.timeline, waiting)
         annotate(profile, plan)
-        self.latest = Compiled(profile, plan, program)
-        return self.latest
+        self.planning.latest = Compiled(profile, plan, program)
+        return self.planning.latest
 
     def _backward_for(
         self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents

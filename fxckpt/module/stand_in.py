@@ -13,8 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from fxckpt.module.methods import watched_methods
 from fxckpt.module.planner import Planner
+from fxckpt.module.refused import check_plannable
 from fxckpt.options import Options
+from fxckpt.upstream.hooks import call_module
 
 _SLOT = "_fxckpt"
 
@@ -22,6 +25,7 @@ _SLOT = "_fxckpt"
 def stand_in(model: nn.Module, options: Options) -> nn.Module:
     """A module that stands in for `model` and is planned by `options`, at its first call or by `prepare`."""
     plain = plain_model(model)
+    check_plannable(plain)
     plain_class: Any = type(plain)
     kind = _stand_in_class(plain_class)
     module = object.__new__(kind)
@@ -46,6 +50,9 @@ class _StandIn:
 
     _fxckpt: Planner
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return call_module(self, args, kwargs)  # whatever `nn.Module.compile` left on the model
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         planner = self._fxckpt
         return stand_in(copy.deepcopy(planner.plain, memo), planner.options)
@@ -67,10 +74,10 @@ class _Forward:
         return self._plain_forward if module is None else module._fxckpt.forward
 
     def __set__(self, module: Any, forward: Callable[..., Any]) -> None:
-        module._fxckpt.forward = forward
+        module._fxckpt.set_forward(forward)
 
     def __delete__(self, module: Any) -> None:
-        module._fxckpt.forward = module._fxckpt.planned_forward()
+        module._fxckpt.set_forward(None)
 
 
 @functools.cache
@@ -81,5 +88,6 @@ def _stand_in_class(kind: Any) -> type[nn.Module]:
         "__qualname__": kind.__qualname__,
         "__doc__": kind.__doc__,
         "forward": _Forward(kind.forward),
+        **watched_methods(kind),
     }
     return type(kind.__name__, (_StandIn, kind), body)

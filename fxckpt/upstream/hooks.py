@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import CodeType
 from typing import Any
 
@@ -56,3 +56,13 @@ def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
 def is_call_of_module(code: CodeType) -> bool:
     """Whether the code is what runs when a module is called: its hooks and its forward."""
     return code.co_name == _CALL
+
+
+def call_module(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Call a module's forward and its hooks, as a module does that `compile` was not called of."""
+    return module._call_impl(*args, **kwargs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `nn.Module.compile` was called of the module."""
+    return module._compiled_call_impl is not None

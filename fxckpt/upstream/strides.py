@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, _decomp
 from torch._C import DispatchKey
 from torch._prims_common import suggest_memory_format
+from torch._subclasses import fake_impls
 
 from fxckpt.upstream.fakes import descriptions_apart
 from fxckpt.upstream.operators import OpOverload, python_kernels
-from fxckpt.upstream.patching import attribute_replaced
+from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 aten = torch.ops.aten
 
@@ -136,6 +137,25 @@ OF_OTHER_FORM: dict[OpOverload, Callable[..., Results]] = {
 """From an op's results, as torch describes them, and its arguments to tensors of the form that they have on CPU."""
 
 
+_OWN_DESCRIPTIONS = (aten.view.default, aten._unsafe_view.default)
+"""Views that torch describes by Python of its own, which gives dims of size 1 other strides than the kernel does."""
+
+
+@contextlib.contextmanager
+def right_views() -> Iterator[None]:
+    """Let views have the strides that they have where they are computed, also of dims of size 1; for this thread."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(function_replaced(fake_impls.dispatch_to_op_implementations_dict, _unless_own))
+        for op in _OWN_DESCRIPTIONS:
+            kernels = {key: kernel for key, kernel in op.py_kernels.items() if key is not DispatchKey.Meta}
+            stack.enter_context(python_kernels(op, kernels))
+        yield
+
+
+def _unless_own(original: Callable[..., Any], mode: Any, op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    return NotImplemented if op in _OWN_DESCRIPTIONS else original(mode, op, *args, **kwargs)
+
+
 @contextlib.contextmanager
 def right_strides() -> Iterator[None]:
     """Let the descriptions of these ops be right, for this thread."""
@@ -143,6 +163,7 @@ def right_strides() -> Iterator[None]:
     longer_ways = {op: form for op, form in _decomp.decomposition_table.items() if op not in rules}
     with contextlib.ExitStack() as stack:
         stack.enter_context(descriptions_apart("with right strides"))
+        stack.enter_context(right_views())
         stack.enter_context(attribute_replaced(_decomp, "decomposition_table", longer_ways))
         for op, rule in rules.items():
             description = functools.partial(_corrected, op.py_kernels[DispatchKey.Meta], rule)

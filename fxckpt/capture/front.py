@@ -1,0 +1,154 @@
+"""A graph that Dynamo made of a model, as a module to capture: its parameters and buffers have their paths again.
+
+Dynamo's graph is a function of flat tensors, parameters among them. Here these stand where they stand in the model, in
+modules that hold nothing else, so that whatever is said about the captured graph names the model's own paths. Each op
+knows the module and the source line that it comes from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxckpt.capture.joint import JointGraph, capture
+from fxckpt.capture.provenance import annotate, is_users
+from fxckpt.capture.roles import Input, InputKind
+from fxckpt.upstream.dynamo import FUNCTION, TracedGraph
+from fxckpt.upstream.hooks import buffers_of, parameters_of
+
+_PART = re.compile(
+    r"\._modules\['(?P<module>[^']+)'\]|\._parameters\['(?P<parameter>[^']+)'\]|\._buffers\['(?P<buffer>[^']+)'\]"
+    r"|\.(?P<attribute>\w+)|\[(?P<item>[^]]+)\]"
+)
+_NOT_NAMED = ("__self__", "__closure__", "cell_contents", "forward", "__func__")
+
+
+@dataclass(frozen=True)
+class Given:
+    """Where one input of Dynamo's graph stands: its kind and its path, "" for arguments of the call."""
+
+    kind: InputKind
+    path: str
+
+
+class Lifted(nn.Module):
+    """Dynamo's graph as a module whose parameters and buffers have the model's paths.
+
+    Attributes:
+        given: what each input of the graph is.
+        arguments: indices of the inputs that are arguments of this module's `forward`.
+        likely: which outputs a backward most likely starts from, as `capture` takes it.
+    """
+
+    def __init__(self, graph: TracedGraph, paths: Mapping[str, str]) -> None:
+        """`paths` maps what Dynamo calls a module (its id, as text) to its path in the model."""
+        super().__init__()
+        self._graph = [graph.module]  # not a submodule: it has no parameters of its own
+        self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
+        self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
+        self.likely = _likely(graph)
+        for node in graph.module.graph.nodes:
+            annotate(node, _place(node, paths))
+        for given, example in zip(self.given, graph.examples, strict=True):
+            if given.kind is not InputKind.ARGUMENT:
+                _put(self, given, example)
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        """The graph's outputs."""
+        left = iter(arguments)
+        inputs = [next(left) if given.kind is InputKind.ARGUMENT else _find(self, given) for given in self.given]
+        return fx.Interpreter(self._graph[0]).run(*inputs)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The graph's outputs for all its inputs, computed as eager computes them."""
+        return self._graph[0].forward(*inputs)
+
+    def order(self, inputs: Sequence[Input]) -> tuple[int, ...]:
+        """For each input of the captured graph the index of Dynamo's input that it is."""
+        places = {given: index for index, given in enumerate(self.given)}
+        return tuple(
+            self.arguments[i.index] if i.kind is InputKind.ARGUMENT else places[Given(i.kind, i.path)] for i in inputs
+        )
+
+    def capture(
+        self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, tuple[int, ...]] | None = None
+    ) -> JointGraph:
+        """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
+        arguments = [inputs[index] for index in self.arguments]
+        return capture(self, arguments, forward=self.forward, tangents=tangents, likely=self.likely, annotates=True)
+
+
+def _given(source: str, example: Any) -> Given:
+    parts = [next((v, k) for k, v in match.groupdict().items() if v) for match in _PART.finditer(source)]
+    names = [name.strip("'\"") for name, _ in parts if name not in _NOT_NAMED]
+    kind = InputKind.ARGUMENT
+    if isinstance(example, nn.Parameter) or (parts and parts[-1][1] == "parameter"):
+        kind = InputKind.PARAMETER
+    elif (
+        source.startswith(FUNCTION)
+        or any(what in ("module", "buffer") for _, what in parts)
+        or (source and not source.startswith("L["))
+    ):
+        kind = InputKind.BUFFER
+    if kind is InputKind.ARGUMENT:
+        return Given(kind, "")
+    return Given(kind, ".".join(names[1:]) or "value")
+
+
+def _distinct(given: list[Given]) -> list[Given]:
+    """The same, no path twice and none within another."""
+    taken: set[str] = set()
+    found = []
+    for each in given:
+        path, number = each.path, 1
+        while each.path and (path in taken or any(t.startswith(f"{path}.") or path.startswith(f"{t}.") for t in taken)):
+            number += 1
+            path = f"{each.path}_{number}"
+        taken |= {path} - {""}
+        found.append(Given(each.kind, path))
+    return found
+
+
+def _put(root: nn.Module, given: Given, tensor: torch.Tensor) -> None:
+    *modules, name = given.path.split(".")
+    for module in modules:
+        if module not in root._modules:
+            root.add_module(module, nn.Module())
+        root = root.get_submodule(module)
+    held: dict[str, Any] = parameters_of(root) if given.kind is InputKind.PARAMETER else buffers_of(root)
+    held[name] = tensor
+
+
+def _find(root: nn.Module, given: Given) -> Any:
+    *modules, name = given.path.split(".")
+    for module in modules:
+        root = root._modules[module]  # type: ignore[assignment]
+    held: dict[str, Any] = parameters_of(root) if given.kind is InputKind.PARAMETER else buffers_of(root)
+    return held[name]
+
+
+def _likely(graph: TracedGraph) -> frozenset[int] | None:
+    """The number of the loss among the outputs that require grad."""
+    if graph.loss is None:
+        return None
+    returned: Any = graph.module.graph.output_node().args[0]
+    values = [node.meta.get("example_value") for node in returned]
+    loss = values[graph.loss]
+    if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.requires_grad:
+        return None
+    before = [x for x in values[: graph.loss] if isinstance(x, torch.Tensor) and x.requires_grad]
+    return frozenset({len(before)})
+
+
+def _place(node: fx.Node, paths: Mapping[str, str]) -> tuple[str, str]:
+    """Module path and "file:line" of a node of Dynamo's."""
+    modules = [paths.get(str(key).split("@")[0]) for key in node.meta.get("nn_module_stack") or ()]
+    known = [path for path in modules if path is not None]
+    lines = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    users = [f"{file}:{line}" for file, line in lines if is_users(file)]
+    return known[-1] if known else "", users[-1] if users else ""

@@ -1,0 +1,275 @@
+"""A function's training step, planned behind Dynamo: it guards what was read, replays what was changed, traces anew.
+
+Each graph that Dynamo makes is captured, planned and run as one step. What Dynamo does not guard but a plan depends on
+is looked at here, at each call: which gradients are allocated, hooks that change parameters, which attention kernels may
+run.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import random
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt.capture.front import Lifted
+from fxckpt.capture.roles import InputKind
+from fxckpt.capture.structure import put_together, take_apart
+from fxckpt.core.plans import Plan
+from fxckpt.module.entries import Entry
+from fxckpt.module.ledger import ledger
+from fxckpt.module.refused import check_plannable
+from fxckpt.options import Options
+from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_of
+from fxckpt.profile.build import Profile
+from fxckpt.runtime.autograd import Program, Tangents, run_forward
+from fxckpt.steps.equivalence import check_same_step
+from fxckpt.upstream.ambient import Ambient
+from fxckpt.upstream.dynamo import Traced, TracedGraph
+from fxckpt.upstream.hooks import has_accumulation_hooks
+
+_preparing: contextvars.ContextVar[bool] = contextvars.ContextVar("_preparing", default=False)
+_Key = tuple[Any, ...]
+
+
+class _Planned(BaseException):
+    """Ends a call that was made to plan: nothing has run."""
+
+
+class NothingToPlan(Exception):  # noqa: N818 - caught, and answered by the plain forward
+    """Nothing that the function computes can be differentiated."""
+
+
+class Planning:
+    """How a function's graphs are planned, and what was planned so far.
+
+    Attributes:
+        options: what the user asked for.
+        latest: what was planned last.
+        plans: all plans, since a graph of the same structure may take over another's.
+        lock: held while something is planned.
+        runs: how many graphs ran by a plan.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.runs = 0
+        self.latest: Compiled | None = None
+        self.plans: list[Plan] = []
+        self.lock = threading.RLock()
+
+    def compile(self, profile: Profile, hooked: frozenset[int]) -> Compiled:
+        """A runnable plan of a profiled step; `hooked` are the inputs that hooks may change during backward."""
+        plan = make_plan(profile, self.options, self.plans)
+        self.plans.append(plan)
+        return self.runnable(profile, plan, hooked)
+
+    def runnable(self, profile: Profile, plan: Plan, hooked: frozenset[int]) -> Compiled:
+        """A plan of a profiled step made runnable; `hooked` as for `compile`."""
+        program = make_program(profile, plan.timeline, hooked)
+        annotate(profile, plan)
+        self.latest = Compiled(profile, plan, program)
+        return self.latest
+
+
+class Front:
+    """A function and its plans, one for each graph that Dynamo makes of it.
+
+    Attributes:
+        planning: what was planned.
+        draws: a graph has inputs that are drawn by Python's `random` before it runs.
+    """
+
+    def __init__(self, function: Callable[..., Any], model: nn.Module | None, planning: Planning) -> None:
+        """`model` is the one whose paths name modules and parameters."""
+        self.planning = planning
+        self.draws = False
+        self._model = model
+        self._graphs: list[PlannedGraph] = []
+        reference = weakref.ref(self)
+
+        def make(graph: TracedGraph) -> Callable[..., Any]:
+            owner = reference()
+            assert owner is not None
+            return owner._make(graph)
+
+        self._traced = Traced(function, make)
+
+    def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The function's result, planned.
+
+        Raises:
+            NotTraced: the function can't be traced.
+            NothingToPlan: it computes nothing that can be differentiated.
+            CaptureError: its graph can't be captured.
+        """
+        return self._traced(*args, **kwargs)
+
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Plan for these arguments. Nothing is computed.
+
+        Raises:
+            NotTraced, CaptureError: as for `call`.
+        """
+        token, drawn = _preparing.set(True), random.getstate()
+        try:
+            self._traced(*args, **kwargs)
+        except _Planned:
+            pass
+        finally:
+            _preparing.reset(token)
+            random.setstate(drawn)
+
+    def compiled(self) -> list[Compiled]:
+        """What was planned so far."""
+        return [entry.expected for graph in self._graphs for entry in graph.entries()]
+
+    def _make(self, graph: TracedGraph) -> Callable[..., Any]:
+        if self._model is not None:
+            check_plannable(self._model)
+        paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
+        self.draws |= any(source.startswith("random_value") for source in graph.sources)
+        planned = PlannedGraph(self.planning, graph, paths)
+        self._graphs.append(planned)
+        return planned.run_weakly()
+
+
+class PlannedGraph:
+    """One graph of Dynamo's, with its plans for each state of what Dynamo does not guard."""
+
+    def __init__(self, planning: Planning, graph: TracedGraph, paths: dict[str, str]) -> None:
+        self._planning = planning
+        self._lifted = Lifted(graph, paths)
+        given = self._lifted.given
+        self._parameters = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
+        self._arguments = self._lifted.arguments
+        self._entries: dict[_Key, Entry | None] = {}
+        self._orders: dict[int, tuple[int, ...]] = {}
+
+    def run_weakly(self) -> Callable[..., Any]:
+        """What Dynamo is given to keep. It keeps it out of the garbage collector's sight, so this holds nothing."""
+        reference = weakref.ref(self)
+
+        def run(*inputs: torch.Tensor) -> Any:
+            planned = reference()
+            assert planned is not None
+            return planned.run(inputs)
+
+        return run
+
+    def entries(self) -> Iterator[Entry]:
+        """What is planned."""
+        return (entry for entry in self._entries.values() if entry is not None)
+
+    def run(self, inputs: Sequence[torch.Tensor]) -> Any:
+        """The graph's outputs."""
+        if not torch.is_grad_enabled():
+            return self._lifted.run(inputs)
+        key = self._key(inputs)
+        try:
+            entry = self._entries[key]
+        except KeyError:
+            entry = self._entry(key, inputs)
+        if _preparing.get():
+            raise _Planned
+        if entry is None:
+            raise NothingToPlan
+        self._planning.runs += 1
+        compiled, seat = ledger().take(entry)
+        given = [inputs[i] for i in self._orders[id(compiled)]]
+        other_backward = functools.partial(self._backward_for, entry, compiled, inputs)
+        try:
+            results = run_forward(compiled.program, given, other_backward, seat.leave)
+        except BaseException:
+            seat.leave()
+            raise
+        return put_together(compiled.profile.joint.outputs, iter(results))
+
+    def _key(self, inputs: Sequence[torch.Tensor]) -> _Key:
+        parameters = [inputs[i] for i in self._parameters]
+        return (
+            any([p.grad is not None for p in parameters]),
+            tuple([i for i, p in zip(self._parameters, parameters, strict=True) if has_accumulation_hooks(p)]),
+            tuple([inputs[i].is_leaf for i in self._arguments]),
+            Ambient.now(),
+        )
+
+    def _entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Entry | None:
+        with self._planning.lock:
+            if key not in self._entries:
+                self._entries[key] = self._make_entry(key, inputs)
+            return self._entries[key]
+
+    def _make_entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Entry | None:
+        if not any(x.requires_grad for x in inputs):
+            return None
+        allocated, *rest = key
+        twin = self._entries.get((not allocated, *rest))
+        if twin is not None:  # the same step, its gradients accounted for in the other way
+            profile = twin.expected.profile
+            profile = replace(profile, graph=profile.graph.with_gradients(allocated))
+        else:
+            profile = self._profile(key, inputs)
+        if all(output.tangent is None for output in profile.joint.roles.outputs):
+            return None
+        compiled = self._compile(profile, key)
+        runnable = functools.partial(self._runnable, key)
+        entry = Entry(self._planning, self._planning.options, runnable, key, allocated, compiled)
+        entry.kin = entry.kin if twin is None else twin.kin
+        if self._planning.options.verify:
+            self._verify(entry, inputs)
+        return entry
+
+    def _profile(
+        self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
+    ) -> Profile:
+        joint = self._lifted.capture(inputs, tangents)
+        parameters = [inputs[i] for i in self._parameters]
+        return profile_of(joint, self._planning.options, parameters, gradients_allocated=key[0])
+
+    def _compile(self, profile: Profile, key: _Key) -> Compiled:
+        return self._ordered(self._planning.compile(profile, self._hooked(profile, key)))
+
+    def _runnable(self, key: _Key, profile: Profile, plan: Plan) -> Compiled:
+        return self._ordered(self._planning.runnable(profile, plan, self._hooked(profile, key)))
+
+    def _hooked(self, profile: Profile, key: _Key) -> frozenset[int]:
+        order = self._lifted.order(profile.joint.roles.inputs)
+        return frozenset(n for n, i in enumerate(order) if i in key[1])
+
+    def _ordered(self, compiled: Compiled) -> Compiled:
+        self._orders[id(compiled)] = self._lifted.order(compiled.profile.joint.roles.inputs)
+        return compiled
+
+    def _verify(self, entry: Entry, inputs: Sequence[torch.Tensor]) -> None:
+        trial = replace(entry, captured=dict(entry.captured), bridges={})
+        arguments, structure = take_apart((tuple(inputs[i] for i in self._arguments), {}))
+        other_backward = functools.partial(self._other_backward, trial, entry.expected, inputs)
+        check_same_step(self._lifted, entry.expected, structure, arguments, other_backward)
+        self._planning.latest = entry.expected
+
+    def _backward_for(self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Program:
+        with self._planning.lock:
+            return self._other_backward(entry, ran, inputs, present)
+
+    def _other_backward(
+        self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents
+    ) -> Program:
+        return entry.continued(ran, present, functools.partial(self._recapture, entry, ran, inputs, present))
+
+    def _recapture(self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Compiled:
+        """Capture and plan the step with backward starting from the tangents `present`."""
+        outputs = ran.profile.joint.roles.outputs
+        numbered = {outputs[index].tangent_number: stride for index, stride in present}
+        tangents = {number: stride for number, stride in numbered.items() if number is not None}
+        key: Any = entry.signature
+        with entry.ambient.restored(), torch.enable_grad():
+            profile = self._profile(key, inputs, tangents)
+        return self._compile(profile, key)

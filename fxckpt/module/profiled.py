@@ -1,0 +1,64 @@
+"""A call's step captured and profiled through Dynamo, without running it: for plans that are only looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt.capture.front import Lifted
+from fxckpt.capture.structure import put_together, take_apart
+from fxckpt.errors import CaptureError
+from fxckpt.options import Options
+from fxckpt.pipeline import profile_of, profile_step
+from fxckpt.profile.build import Profile
+from fxckpt.upstream.dynamo import NotTraced, Traced, TracedGraph
+from fxckpt.upstream.meta import made_present
+
+
+class _Profiled(BaseException):
+    """Ends a call that was made to profile it: nothing has run."""
+
+    def __init__(self, profile: Profile) -> None:
+        super().__init__()
+        self.profile = profile
+
+
+def profile_call(
+    model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], options: Options, *, gradients_allocated: bool
+) -> Profile:
+    """Capture the step that a call of `model` takes, and attach bytes and times to it.
+
+    Nothing is computed. Where parameters or arguments are on the meta device all are described as if on the CPU.
+
+    Raises:
+        CaptureError: the model can't be captured as one graph.
+    """
+    tensors, structure = take_apart((tuple(args), kwargs))
+    device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
+    paths = {str(id(module)): name for name, module in model.named_modules()}
+
+    def make(graph: TracedGraph) -> Callable[..., Any]:
+        lifted = Lifted(graph, paths)
+
+        def profile(*inputs: torch.Tensor) -> Any:
+            joint = replace(lifted.capture(inputs), device=device)
+            raise _Profiled(profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated))
+
+        return profile
+
+    try:
+        with made_present(model, tensors) as given:
+            some_args, some_kwargs = put_together(structure, iter(given))
+            Traced(model.forward, make)(*some_args, **some_kwargs)
+    except _Profiled as end:
+        return end.profile
+    except (NotTraced, CaptureError) as error:
+        import os
+
+        if os.environ.get("FXCKPT_WHY"):
+            print("FALLBACK", error)
+    return profile_step(model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated)

@@ -1,0 +1,90 @@
+"""The way of a call: through its plan, or, where that can't be, as the function runs by itself, which it says."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt.errors import CaptureError
+from fxckpt.module.bypass import Bypasses, wants_gradients
+from fxckpt.module.front import Front, NothingToPlan, Planning
+from fxckpt.upstream.dynamo import NotTraced
+from fxckpt.upstream.ops.expect import UnexpectedValue
+from fxckpt.upstream.tracers import tracer_at_work
+
+Otherwise = Callable[[Exception, Sequence[Any], dict[str, Any]], Any]
+"""What answers a call that Dynamo or the joint capture can't serve, given the reason."""
+
+
+class Route:
+    """A function and its plans.
+
+    Attributes:
+        front: plans it.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        model: nn.Module | None,
+        planning: Planning,
+        bypasses: Bypasses,
+        otherwise: Otherwise,
+    ) -> None:
+        self.function = function
+        self.front = Front(function, model, planning)
+        self._bypasses, self._otherwise = bypasses, otherwise
+
+    def called(self, *args: Any, **kwargs: Any) -> Any:
+        """`call`, as functions are called."""
+        return self.call(args, kwargs)
+
+    def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The function's result, planned if gradients are wanted."""
+        if not torch.is_grad_enabled():
+            return self.function(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            _note_compiled(self._bypasses)
+            return self.function(*args, **kwargs)
+        tracer = tracer_at_work()
+        if tracer is not None:
+            result = self.function(*args, **kwargs)
+            if wants_gradients(result):
+                self._bypasses.say(f"the module was called under {tracer}", stacklevel=3)
+            return result
+        runs = self.front.planning.runs
+        drawn = random.getstate() if self.front.draws else None
+        try:
+            result = self.front.call(args, kwargs)
+        except NothingToPlan:
+            _put_back(drawn)
+            return self.function(*args, **kwargs)
+        except UnexpectedValue:
+            _put_back(drawn)
+            result = self.function(*args, **kwargs)
+            self._bypasses.say(
+                "the model's forward found something wrong with values, but raised no error", stacklevel=3
+            )
+            return result
+        except (NotTraced, CaptureError) as error:
+            _put_back(drawn)
+            return self._otherwise(error, args, kwargs)
+        if self.front.planning.runs == runs and wants_gradients(result):
+            self._bypasses.say("TorchDynamo made no graph of the call (is it turned off?)", stacklevel=3)
+        return result
+
+
+def _put_back(drawn: Any) -> None:
+    if drawn is not None:
+        random.setstate(drawn)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _note_compiled(bypasses: Bypasses) -> bool:
+    """Called once, while Dynamo traces the code around."""
+    bypasses.say("the module was compiled by torch.compile", stacklevel=3)
+    return True

@@ -1,0 +1,304 @@
+"""Answers to what a model asks while Dynamo traces it, so that it takes the way that it takes in eager.
+
+- Whether it is compiled: no. Dynamo follows most models on the way that they take in eager; `compiled=True` tells yes.
+- Questions about values that follow from one argument of integers, as whether a mask masks anything: from the example,
+  and a guard on the argument computes the answer again at each call.
+- Questions that only lead to an error, `if bad: raise`: the answer that raises none, checked by an op in the graph.
+- Checkpoints of its own: their function is called.
+- Draws of `random`: inputs of the graph, drawn at each call; where a draw decides what is computed, it is refused.
+
+Dynamo's tables are changed while one frame is converted, under Dynamo's own lock, so nobody else sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._dynamo import exc
+from torch._dynamo import symbolic_convert as convert
+from torch._dynamo.source import RandomValueSource
+from torch._dynamo.variables import ConstantVariable, TensorVariable, UserFunctionVariable, builder, misc, user_defined
+from torch._dynamo.variables import functions as function_variables
+from torch._dynamo.variables import torch as torch_variables
+from torch._dynamo.variables.tensor import UnspecializedPythonVariable
+
+from fxckpt.upstream.known_values import answer
+from fxckpt.upstream.ops.expect import EXPECT
+from fxckpt.upstream.strides import right_views
+
+_TRANSLATORS = (
+    convert.InstructionTranslator,
+    convert.InliningInstructionTranslator,
+    convert.InliningGeneratorInstructionTranslator,
+)
+_QUESTIONS = frozenset({torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch._utils.is_compiling})
+_WARNS = ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask")
+"""A method of transformers' models that reads all ids, only to warn."""
+_TRACING = ("transformers.utils.import_utils", "is_tracing")
+"""How transformers' models ask whether they are traced."""
+
+
+class Draws(exc.Unsupported):
+    """Forward decides by a random number of Python's what to compute."""
+
+
+class Seen:
+    """What was noticed while a frame was converted.
+
+    Attributes:
+        checkpointed: the model checkpoints activations itself.
+        loss: name of the node whose value is returned as `loss`.
+        asked_if_compiled: the model asked whether it is compiled, and was told no.
+    """
+
+    def __init__(self) -> None:
+        self.checkpointed = self.asked_if_compiled = False
+        self.loss: str | None = None
+
+
+@contextlib.contextmanager
+def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
+    """Give the answers while the frame of `code` is converted; `compiled` is what models hear that ask for it."""
+    seen = Seen()
+    with contextlib.ExitStack() as stack:
+        enter = stack.enter_context
+        for kind in _TRANSLATORS:
+            table = list(kind.dispatch_table)
+            for opcode, handler in enumerate(table):
+                name = opcode_name(opcode)
+                if handler is not None and (_branches(name) or name == "UNARY_NOT"):
+                    table[opcode] = _answered(handler)
+                elif handler is not None and name == "RETURN_VALUE" and kind is convert.InstructionTranslator:
+                    table[opcode] = _noting_loss(handler, code, seen)
+            enter(mock.patch.object(kind, "dispatch_table", table))
+        enter(right_views())
+        enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
+        enter(mock.patch.object(TensorVariable, "unpack_var_sequence", _unbound(TensorVariable.unpack_var_sequence)))
+        enter(_calls(seen, compiled))
+        enter(mock.patch.object(builder, "build_checkpoint_variable", functools.partial(_checkpoint, seen)))
+        enter(mock.patch.object(misc.LoggingLoggerVariable, "call_method", _log))
+        enter(mock.patch.object(torch.fx.node, "_side_effectful_functions", _effects()))
+        yield seen
+
+
+def opcode_name(opcode: int) -> str:
+    """Name of an instruction."""
+    import dis
+
+    return dis.opname[opcode]
+
+
+def _effects() -> set[Any]:
+    return torch.fx.node._side_effectful_functions | {EXPECT}
+
+
+# Branches
+
+
+def _branches(name: str) -> bool:
+    return "JUMP" in name and "_IF_" in name and "NONE" not in name
+
+
+Handler = Callable[[Any, Any], None]
+
+
+def _answered(original: Handler) -> Handler:
+    def at_branch(tx: Any, instruction: Any) -> None:
+        top = tx.stack[-1].realize() if hasattr(tx.stack[-1], "realize") else tx.stack[-1]
+        if isinstance(top, UnspecializedPythonVariable):
+            _refuse_draw(top)
+        elif isinstance(top, TensorVariable):
+            known = answer(tx, top)
+            if known is None and _branches(instruction.opname):
+                known = _way_without_error(tx, instruction)
+                if known is not None:
+                    tx.output.create_proxy("call_function", EXPECT, (top.as_proxy(), known), {})
+            if known is not None:
+                tx.stack[-1] = ConstantVariable.create(bool(known))
+        original(tx, instruction)
+
+    return at_branch
+
+
+def _refuse_draw(top: Any) -> None:
+    node = top.as_proxy().node
+    drawn = [n for n in (node, *node.all_input_nodes) if isinstance(_source(n), RandomValueSource)]
+    if drawn:
+        raise Draws("forward decides by a random number of Python's `random` what to compute")
+
+
+def _source(node: Any) -> Any:
+    given = node.meta.get("grapharg")
+    return None if given is None else given.source
+
+
+def _way_without_error(tx: Any, instruction: Any) -> bool | None:
+    """Which value at a branch does not end in `raise` where the other does."""
+    code = tx.instructions
+    place = {id(each): number for number, each in enumerate(code)}
+    at = place[id(instruction)]
+    ends = {"TRUE" in instruction.opname: place[id(instruction.target)], "FALSE" in instruction.opname: at + 1}
+    raising = [value for value, start in ends.items() if _raises(code, place, start)]
+    return (not raising[0]) if len(raising) == 1 else None
+
+
+def _raises(code: list[Any], place: dict[int, int], start: int) -> bool:
+    """Whether every way on from an instruction ends in `raise`."""
+    seen: set[int] = set()
+    pending, raises = [start], False
+    while pending:
+        at = pending.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        instruction = code[at]
+        name = instruction.opname
+        if name.startswith(("RETURN", "YIELD")):
+            return False
+        if name in ("RAISE_VARARGS", "RERAISE"):
+            raises = True
+        elif instruction.target is not None and "JUMP" in name:
+            pending.append(place[id(instruction.target)])
+            if "_IF_" in name:
+                pending.append(at + 1)
+        else:
+            pending.append(at + 1)
+    return raises
+
+
+def _item(original: Callable[..., Any]) -> Callable[..., Any]:
+    def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
+        known = answer(tx, self)
+        return original(self, tx, *args, **kwargs) if known is None else ConstantVariable.create(known)
+
+    return item
+
+
+def _unbound(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A tensor that is taken apart along its first dim is taken apart by one op, as eager does."""
+
+    def unpack(self: Any, tx: Any, idxes: Any = None) -> Any:
+        rows = self.size[0] if self.valid_size() and len(self.size) else 0
+        if (
+            type(self) is not TensorVariable
+            or not isinstance(rows, int)
+            or not rows
+            or len(idxes or range(rows)) != rows
+        ):
+            return original(self, tx, idxes)
+        parts = self.call_method(tx, "unbind", [ConstantVariable.create(0)], {})
+        return parts.unpack_var_sequence(tx)
+
+    return unpack
+
+
+# Calls
+
+
+@contextlib.contextmanager
+def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
+    torch_call = torch_variables.TorchInGraphFunctionVariable.call_function
+    python_call = UserFunctionVariable.call_function
+    skipped_call = function_variables.SkipFunctionVariable.call_function
+
+    def call_torch(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if self.value is torch.nn.modules.activation._is_make_fx_tracing:
+            return ConstantVariable.create(False)
+        if not compiled and self.value in _QUESTIONS and not _is_told(tx.f_code):
+            seen.asked_if_compiled = True
+            return ConstantVariable.create(False)
+        return torch_call(self, tx, args, kwargs)
+
+    def call_python(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        named = self.fn.__module__, self.fn.__name__
+        if named == _WARNS:
+            return ConstantVariable.create(None)
+        if named == _TRACING:
+            return ConstantVariable.create(False)
+        return python_call(self, tx, args, kwargs)
+
+    def call_skipped(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(self.value, "__self__", None) is random._inst and self.value.__name__ == "random" and not args:
+            return user_defined.call_random_fn(tx, self.value, args, kwargs)
+        return skipped_call(self, tx, args, kwargs)
+
+    with (
+        mock.patch.object(torch_variables.TorchInGraphFunctionVariable, "call_function", call_torch),
+        mock.patch.object(UserFunctionVariable, "call_function", call_python),
+        mock.patch.object(function_variables.SkipFunctionVariable, "call_function", call_skipped),
+    ):
+        yield
+
+
+_TOLD = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
+"""Whose code knows what to do with the truth: torch's and ours."""
+
+
+def _is_told(code: CodeType) -> bool:
+    return code.co_filename.startswith(_TOLD)
+
+
+def _checkpoint(seen: Seen, **options: Any) -> Any:
+    seen.checkpointed = True
+    return UserFunctionVariable(not_checkpointed, **options)
+
+
+def not_checkpointed(
+    function: Callable[..., Any], *args: Any, use_reentrant: bool | None = None, **options: Any
+) -> Any:
+    """`torch.utils.checkpoint.checkpoint` without checkpointing."""
+    for name in ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"):
+        options.pop(name, None)
+    if use_reentrant:  # as in eager, nothing inside gets a gradient unless an input requires one
+        wanted = torch.is_grad_enabled() and any([isinstance(x, torch.Tensor) and x.requires_grad for x in args])
+        with torch.set_grad_enabled(wanted):
+            return function(*args)
+    return function(*args, **options)
+
+
+def _log(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """A logger's method is called when the graph has run."""
+    method = getattr(self.value, name, None)
+    if name.startswith(("is", "get")) and not args:
+        return ConstantVariable.create(method())
+    if name == "isEnabledFor" and args[0].is_python_constant():
+        return ConstantVariable.create(method(args[0].as_python_constant()))
+    if self.source is not None and not kwargs and misc.DebuggingVariable.can_reorder_logs(method, args, kwargs):
+        from torch._dynamo.source import AttrSource
+
+        later = misc.DebuggingVariable(method, source=AttrSource(self.source, name))
+        tx.debug_locals.append((later, list(args)))
+    return ConstantVariable.create(None)
+
+
+# What is returned
+
+
+def _noting_loss(original: Handler, code: CodeType, seen: Seen) -> Handler:
+    def at_return(tx: Any, instruction: Any) -> None:
+        if tx.f_code is code and tx.parent is None:
+            seen.loss = _loss_of(tx.stack[-1])
+        original(tx, instruction)
+
+    return at_return
+
+
+def _loss_of(value: Any) -> str | None:
+    """The node of an object's `loss`, as HuggingFace's models return it when they get labels."""
+    value = value.realize() if hasattr(value, "realize") else value
+    for held in (value, getattr(value, "_dict_vt", None), getattr(value, "_base_vt", None)):
+        items = getattr(held, "items", None)
+        if isinstance(items, dict):
+            for key, found in items.items():
+                name = getattr(key, "vt", key)
+                if getattr(name, "value", None) == "loss" and isinstance(found, TensorVariable):
+                    return str(found.as_proxy().node.name)
+    return None

@@ -1,0 +1,198 @@
+"""TorchDynamo, which reads forward's bytecode and guards all that it read: what we need of it, behind names of our own.
+
+Settings of Dynamo are changed for the time of a compilation and in the thread that compiles, never for the process.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo import config, convert_frame, eval_frame, exc
+from torch.utils._python_dispatch import _disable_current_modes
+
+from fxckpt.upstream.answers import Seen, answers
+
+_SETTINGS: dict[str, Any] = {
+    "accumulated_recompile_limit": sys.maxsize,
+    "allow_rnn": True,
+    "automatic_dynamic_shapes": False,
+    "enable_compiler_collectives": False,
+    "error_on_nested_fx_trace": False,
+    "optimize_ddp": False,
+    "recompile_limit": sys.maxsize,  # whoever plans counts plans
+    "rewrite_assert_with_torch_assert": False,
+    "skip_nnmodule_hook_guards": False,
+    "skip_no_tensor_aliasing_guards_on_parameters": False,
+    "suppress_errors": False,
+    "use_numpy_random_stream": True,  # numpy's draws are numpy's: they are refused rather than made torch's
+}
+
+
+class NotTraced(Exception):  # noqa: N818 - caught, and answered by another way to capture
+    """Dynamo can't make one graph of a function.
+
+    Attributes:
+        reason: what it says about that, in a sentence or two.
+        line: "file:line (code)" of the user's code, "" if it is unknown.
+    """
+
+    def __init__(self, reason: str, line: str) -> None:
+        super().__init__(f"{line}: {reason}" if line else reason)
+        self.reason, self.line = reason, line
+
+
+@dataclass(frozen=True)
+class TracedGraph:
+    """A graph of torch functions that Dynamo made of a function, or of a part of one.
+
+    Attributes:
+        module: the graph. It takes flat tensors and returns them.
+        examples: the tensors of the call that it was made in.
+        sources: for each of them where Dynamo finds it, as Python code.
+        loss: index of the output that the function returns as `loss`, if there is one.
+        checkpointed: the function checkpoints activations itself.
+    """
+
+    module: fx.GraphModule
+    examples: Sequence[Any]
+    sources: Sequence[str]
+    loss: int | None
+    checkpointed: bool
+
+
+Make = Callable[[TracedGraph], Callable[..., Any]]
+"""Given a graph, what runs in its place."""
+
+FUNCTION = "L['function']"
+"""Name of the traced function in the sources of a graph's inputs; those of its arguments begin with `L['args']`."""
+
+
+class Traced:
+    """A function that Dynamo has in hand: at each call it looks for a graph that holds, and makes one if none does.
+
+    What Dynamo keeps of a function is kept with the function's code. So the function is called from code of its own,
+    and what is kept goes when this goes.
+    """
+
+    def __init__(self, function: Callable[..., Any], make: Make, *, one_graph: bool = True) -> None:
+        self._make = make
+        self.why_again = ""
+        self._seen = Seen()
+        owner = _in_own_code(function)
+        backend, note_failure = _weakly(self, Traced._graph), _weakly(self, Traced._note_failure)
+        context: Any = torch._dynamo.optimize(
+            backend, nopython=one_graph, dynamic=False, isolate_recompiles=True, guard_fail_fn=note_failure
+        )
+        context.callback = _Callback(context.callback, _weakly(self, Traced._begin))
+        self._call = context(owner)
+        self._code = owner.__code__
+        weakref.finalize(self, _let_go, self._code, id(eval_frame.innermost_backend(context.callback)))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result.
+
+        Raises:
+            NotTraced: the function can't be traced.
+        """
+        return self._call(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Drop all graphs."""
+        _reset(self._code)
+
+    def _begin(self, seen: Seen) -> None:
+        self._seen = seen
+
+    def _graph(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+        given = [node.meta.get("grapharg") for node in placeholders]
+        sources = ["" if g is None or g.source is None else g.source.name for g in given]
+        returned: Any = module.graph.output_node().args[0]
+        names = [getattr(node, "name", None) for node in returned]
+        loss = names.index(self._seen.loss) if self._seen.loss in names else None
+        return self._make(TracedGraph(module, examples, sources, loss, self._seen.checkpointed))
+
+    def _note_failure(self, failure: Any) -> None:
+        self.why_again = str(failure.reason)
+
+
+def is_traced_now() -> bool:
+    """Whether Dynamo is tracing the code that asks."""
+    return torch.compiler.is_dynamo_compiling()
+
+
+def _weakly(owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method of an owner that this does not keep alive; afterwards it does nothing."""
+    reference = weakref.ref(owner)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else method(alive, *args)
+
+    return call
+
+
+def _reset(code: types.CodeType) -> None:
+    torch._C._dynamo.eval_frame.reset_code(code)
+
+
+def _let_go(code: types.CodeType, backend: int) -> None:
+    _reset(code)
+    eval_frame.cached_backends.pop(backend, None)
+
+
+def _in_own_code(function: Callable[..., Any]) -> types.FunctionType:
+    def planned(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    names = {"__builtins__": __builtins__, "__name__": __name__}
+    return types.FunctionType(planned.__code__.replace(co_name="planned"), names, "planned", (), planned.__closure__)
+
+
+class _Callback:
+    """What Dynamo calls to convert a frame: as it does, with our settings and answers, and its failures told as ours."""
+
+    def __init__(self, convert: Any, begin: Callable[[Seen], None]) -> None:
+        self._convert, self._begin = convert, begin
+        self._torchdynamo_orig_backend = convert._torchdynamo_orig_backend
+
+    def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        with convert_frame.compile_lock, config.patch(_SETTINGS), _disable_current_modes():
+            try:
+                return self._attempt(False, frame, cache_entry, frame_state)
+            except _Again:
+                return self._attempt(True, frame, cache_entry, frame_state)
+
+    def _attempt(self, compiled: bool, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
+        with answers(frame.f_code, compiled=compiled) as seen:
+            self._begin(seen)
+            try:
+                return self._convert(frame, cache_entry, frame_state)
+            except exc.TorchDynamoException as error:
+                if seen.asked_if_compiled and not compiled:
+                    raise _Again from error
+                raise NotTraced(_reason(error), _line(error)) from error
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._convert, name)
+
+
+class _Again(Exception):  # noqa: N818 - no error
+    """On the way that a model takes in eager it can't be traced; on that of compiled models it may."""
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split("\n\n")[0].split())
+
+
+def _line(error: BaseException) -> str:
+    for frame in reversed(list(getattr(error, "real_stack", None) or ())):
+        return f"{frame.filename}:{frame.lineno} ({frame.line or frame.name})"
+    return ""

@@ -1,0 +1,133 @@
+"""Values that follow from one argument of integers, computed while Dynamo traces, each with a guard on the argument."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.guards import get_verbose_code_parts, install_guard
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+_DRAWS = ("rand", "dropout", "bernoulli", "normal", "multinomial", "empty", "resize", "exponential", "poisson")
+_OF_A_FORM = ("new_full", "new_ones", "new_zeros", "ones_like", "zeros_like", "full_like", "new_tensor")
+_MOST_ELEMENTS = 2**20
+_MOST_STEPS = 40
+_FAILURES = (RuntimeError, KeyError, AttributeError, IndexError, TypeError, ValueError)
+
+Steps = dict[fx.Node, tuple[Callable[..., Any], Any, Any]]
+"""The ops that a value is made of, in order: function, arguments, keyword arguments."""
+
+
+class _Unknown(Exception):  # noqa: N818 - it is no error
+    """The value follows from more than one argument, or from what isn't known."""
+
+
+def answer(tx: Any, variable: Any) -> bool | int | float | None:
+    """The number in a traced tensor that is made of one argument at most; None if it isn't known.
+
+    A guard is installed: the graph holds for arguments that give the same number.
+    """
+    steps: Steps = {}
+    inputs: dict[fx.Node, torch.Tensor] = {}
+    node = variable.as_proxy().node
+    try:
+        _collect(node, steps, inputs)
+        if len(inputs) > 1:
+            return None
+        value = _run(steps, dict(inputs))[node]
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            return None
+        number = value.item()
+    except (_Unknown, *_FAILURES):
+        return None
+    for given in inputs:
+        guard = functools.partial(_guard, _same(node, steps, given, number))
+        source = given.meta["grapharg"].source
+        if source is None:
+            return None
+        install_guard(source.make_guard(guard))
+    return number  # type: ignore[no-any-return]
+
+
+def _same(node: fx.Node, steps: Steps, given: fx.Node, number: Any) -> Callable[[torch.Tensor], bool]:
+    return lambda x: bool(_run(steps, {given: x})[node].item() == number)
+
+
+def _guard(same: Callable[[Any], bool], builder: Any, guard: Any) -> None:
+    text = get_verbose_code_parts([f"the values that forward asks for are the same: {guard.name}"], guard)
+    builder.get_guard_manager(guard).add_lambda_guard(same, text, guard.user_stack)
+
+
+def _collect(node: fx.Node, steps: Steps, inputs: dict[fx.Node, torch.Tensor]) -> None:
+    if node in steps or node in inputs:
+        return
+    if node.op == "placeholder":
+        inputs[node] = _example(node)
+        return
+    if node.op not in ("call_function", "call_method") or len(steps) > _MOST_STEPS:
+        raise _Unknown
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if any(part in name for part in _DRAWS) or _changes(name):
+        raise _Unknown
+    args: tuple[Any, ...] = node.args
+    if name in _OF_A_FORM:
+        args = (_Form(args[0].meta["example_value"]), *args[1:])  # type: ignore[union-attr]
+    for source in _nodes((args, node.kwargs)):
+        if any(_changes(_name(user)) and user.args and user.args[0] is source for user in source.users):
+            raise _Unknown
+        _collect(source, steps, inputs)
+    function = functools.partial(_method, str(node.target)) if node.op == "call_method" else node.target
+    steps[node] = function, args, dict(node.kwargs)  # type: ignore[assignment]
+
+
+def _example(node: fx.Node) -> torch.Tensor:
+    given = node.meta.get("grapharg")
+    example = None if given is None else given.example
+    plain = isinstance(example, torch.Tensor) and not isinstance(example, FakeTensor) and not example.is_meta
+    if not plain or example.is_floating_point() or example.is_complex() or example.numel() > _MOST_ELEMENTS:
+        raise _Unknown
+    return example  # type: ignore[no-any-return]
+
+
+class _Form:
+    """Stands for a tensor of which only the form is asked for."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.dtype, self.shape, self.device = like.dtype, tuple(like.shape), like.device
+
+    def tensor(self) -> torch.Tensor:
+        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+
+
+def _method(name: str, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return getattr(tensor, name)(*args, **kwargs)
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _changes(name: str) -> bool:
+    return (name.endswith("_") and not name.endswith("__")) or "setitem" in name
+
+
+def _nodes(value: Any) -> list[fx.Node]:
+    return [x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node)]
+
+
+def _run(steps: Steps, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
+    def read(given: Any) -> Any:
+        if isinstance(given, fx.Node):
+            return values[given]
+        return given.tensor() if isinstance(given, _Form) else given
+
+    with _disable_current_modes(), torch.no_grad():
+        for node, (function, args, kwargs) in steps.items():
+            args, kwargs = pytree.tree_map(read, (args, kwargs))
+            values[node] = function(*args, **kwargs)
+    return values
