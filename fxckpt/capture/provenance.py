@@ -32,12 +32,12 @@ class Provenance(TorchFunctionMode):
     def __init__(self, modules: Mapping[int, str]) -> None:
         """`modules` maps the id of each submodule to its path."""
         super().__init__()
-        self._modules = modules
+        self._paths = modules
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        place = locate(self._modules)
+        place = locate(self._paths)
         if place != ("", ""):
             meta = fx_traceback.get_current_meta()
             meta["custom"] = {**meta.get("custom", {}), _KEY: place}
@@ -65,6 +65,11 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
 def is_users(filename: str) -> bool:
     """Whether a file is the user's code: neither torch's, nor ours, nor generated."""
     return filename == _DEMO or not filename.startswith((_LIBRARY, _OURS, "<"))
+
+
+def noted_place(node: fx.Node) -> tuple[str, str]:
+    """Module path and source line that were noted when a node was made; "" where there is none."""
+    return node.meta.get("custom", {}).get(_KEY) or ("", "")
 
 
 def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
