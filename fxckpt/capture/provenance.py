@@ -9,7 +9,9 @@ number.
 from __future__ import annotations
 
 import os
+import re
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from fxckpt.upstream.hooks import is_call_of_module
 
 _KEY = "fxckpt"
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_INSTALLED = re.compile(rf"{re.escape(os.sep)}(site|dist)-packages{re.escape(os.sep)}")  # may lie within the former
 _LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _DEMO = os.path.join(_OURS, "cli", "demo.py")  # the one file of ours with a model in it
@@ -63,8 +67,9 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
 
 
 def is_users(filename: str) -> bool:
-    """Whether a file is the user's code: neither torch's, nor ours, nor generated."""
-    return filename == _DEMO or not filename.startswith((_LIBRARY, _OURS, "<"))
+    """Whether a file is the user's code: neither torch's, nor ours, nor Python's, nor generated."""
+    is_standard = filename.startswith(_STANDARD) and not _INSTALLED.search(filename)
+    return filename == _DEMO or not (is_standard or filename.startswith((_LIBRARY, _OURS, "<")))
 
 
 def noted_place(node: fx.Node) -> tuple[str, str]:
