@@ -109,12 +109,14 @@ class Graph:
 
     def sizes_bytes(self, place: Place) -> tuple[int, ...]:
         """What each storage takes of a memory [B]."""
-        return self._sizes_bytes[place]
+        return self._device_bytes if place == "device" else self._sizes_bytes(place)
 
     @cached_property
-    def _sizes_bytes(self) -> dict[Place, tuple[int, ...]]:
-        places: tuple[Place, ...] = get_args(Place)
-        return {place: tuple(s.size_bytes if s.place == place else 0 for s in self.storages) for place in places}
+    def _device_bytes(self) -> tuple[int, ...]:
+        return self._sizes_bytes("device")
+
+    def _sizes_bytes(self, place: Place) -> tuple[int, ...]:
+        return tuple(s.size_bytes if s.place == place else 0 for s in self.storages)
 
     def given_bytes(self, place: Place) -> int:
         """Bytes of a memory that parameters, buffers and inputs take [B]."""
