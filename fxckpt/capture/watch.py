@@ -105,8 +105,7 @@ class Watch:
                 if not _is_captured(hook):
                     raise RuntimeContractError(
                         f"submodule {name!r} has a hook ({kind}), which an optimized module would not call "
-                        f"at "
-                        "every step: remove it, register it on the root module, or use a hook on a parameter"
+                        "at every step: remove it, register it on the root module, or use a hook on a parameter"
                     )
 
 
