@@ -18,17 +18,8 @@ ROOT = Path(fxckpt.__file__).parent
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
 
 CORE = (
-    "graph",
-    "schedule",
-    "engines",
-    "simulate",
-    "solvers",
-    "decisions",
-    "report",
-    "plans",
-    "pareto",
-    "advice",
-    "batch",
+    *("fields", "ops", "graph", "schedule", "lifetimes", "engines", "simulate", "solvers", "decisions", "report"),
+    *("plans", "pareto", "advice", "batch", "shares"),
 )
 """The rooms of `core/`, each of which may import those before it."""
 

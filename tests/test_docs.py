@@ -80,6 +80,13 @@ def test_each_command_of_the_command_line_is_shown() -> None:
     assert {arguments[0] for arguments in shell_commands()} == {"demo", "plan", "bench", "explain"}
 
 
+def test_each_example_is_in_the_guide() -> None:
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    assert [
+        path.name for path in sorted((ROOT / "examples").glob("*.py")) if f"| [`examples/{path.name}`]" not in guide
+    ] == []
+
+
 # Solvers
 
 

@@ -59,6 +59,13 @@ def test_ones_own_solver_is_served_like_any_other() -> None:
     assert lines[3] == "gradients identical: True"
 
 
+def test_what_networkx_says_of_a_step() -> None:
+    lines = shown_by("graph_analysis.py").splitlines()
+    assert lines[0].startswith("5 tensors")  # the first layer's output and what each block returns
+    assert [line.split()[-1] for line in lines[1:6]] == ["0", "1", "2", "3", "4"]
+    assert lines[-1].endswith("inner.3")
+
+
 def test_a_plan_for_another_gpu() -> None:
     sizes = ("--layers", "2", "--width", "256", "--length", "128", "--budget", "1GB")
     lines = shown_by("other_gpu.py", *sizes).splitlines()

@@ -189,11 +189,11 @@ class Constants(TorchFunctionMode):
         made = pytree.tensors_in(result)
         if not made and not _changes(func, kwargs):
             return
-        values: list[Tensor] = []
+        values = None
         if sum(x.numel() for x in made) <= _MOST_ELEMENTS:
             with contextlib.suppress(*_FAILURES):
                 values = pytree.tensors_in(self._compute(func, args, kwargs))
-        if len(values) == len(made):
+        if values is not None and len(values) == len(made):
             for tensor, value in zip(made, values, strict=True):
                 self._known[tensor] = _Known(value, arguments)
         elif _changes(func, kwargs):

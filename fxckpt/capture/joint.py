@@ -14,10 +14,10 @@ import torch
 from torch import fx, nn
 from torch.autograd.graph import get_gradient_edge
 
-from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
 from fxckpt.capture.failure import explain
 from fxckpt.capture.functional import FunctionalModel
+from fxckpt.capture.passes import clean
 from fxckpt.capture.provenance import Provenance, of_nodes
 from fxckpt.capture.roles import Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -69,3 +70,10 @@ def why_pinned(node: fx.Node) -> str:
 def is_selection(node: fx.Node) -> bool:
     """Whether the node only picks an element of a tuple or list."""
     return node.op == "call_function" and node.target is operator.getitem
+
+
+def describe_again(nodes: Iterable[fx.Node]) -> None:
+    """Nodes whose arguments have changed have the value that follows from them: views are in their source's memory."""
+    for node in nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]

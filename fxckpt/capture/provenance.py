@@ -9,7 +9,9 @@ number.
 from __future__ import annotations
 
 import os
+import re
 import sys
+import sysconfig
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from fxckpt.upstream.hooks import is_call_of_module
 
 _KEY = "fxckpt"
+_STANDARD = sysconfig.get_path("stdlib") + os.sep
+_INSTALLED = re.compile(rf"{re.escape(os.sep)}(site|dist)-packages{re.escape(os.sep)}")  # may lie within the former
 _LIBRARY = os.path.dirname(os.path.abspath(torch.__file__)) + os.sep
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _DEMO = os.path.join(_OURS, "cli", "demo.py")  # the one file of ours with a model in it
@@ -32,12 +36,12 @@ class Provenance(TorchFunctionMode):
     def __init__(self, modules: Mapping[int, str]) -> None:
         """`modules` maps the id of each submodule to its path."""
         super().__init__()
-        self._modules = modules
+        self._paths = modules
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        place = locate(self._modules)
+        place = locate(self._paths)
         if place != ("", ""):
             meta = fx_traceback.get_current_meta()
             meta["custom"] = {**meta.get("custom", {}), _KEY: place}
@@ -69,8 +73,14 @@ def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
 
 
 def is_users(filename: str) -> bool:
-    """Whether a file is the user's code: neither torch's, nor ours, nor generated."""
-    return filename == _DEMO or not filename.startswith((_LIBRARY, _OURS, "<"))
+    """Whether a file is the user's code: neither torch's, nor ours, nor Python's, nor generated."""
+    is_standard = filename.startswith(_STANDARD) and not _INSTALLED.search(filename)
+    return filename == _DEMO or not (is_standard or filename.startswith((_LIBRARY, _OURS, "<")))
+
+
+def noted_place(node: fx.Node) -> tuple[str, str]:
+    """Module path and source line that were noted when a node was made; "" where there is none."""
+    return node.meta.get("custom", {}).get(_KEY) or ("", "")
 
 
 def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:

@@ -135,8 +135,7 @@ def _source(desc: Any) -> tuple[InputKind, str, int]:
         )
     raise CaptureError(
         f"the graph takes {desc.expr()} as an input, a {type(desc).__name__}, which fxckpt can't feed. Tensor "
-        f"subclasses, "
-        "and inputs that share memory with each other and are changed in place, are not supported"
+        "subclasses, and inputs that share memory with each other and are changed in place, are not supported"
     )
 
 
@@ -145,8 +144,7 @@ def _check_mutations(metadata: Any, count: int) -> None:
         if info.mutates_metadata or info.mutates_storage_metadata or info.mutation_inductor_storage_resize:
             raise CaptureError(
                 f"forward changes the shape, strides or storage of input {index} in place (by resize_, set_, "
-                f"transpose_ or "
-                "the like). Use the out-of-place form"
+                "transpose_ or the like). Use the out-of-place form"
             )
 
 

@@ -90,8 +90,8 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> Structure:
         return Structure("node", _Node.named_tuple(kind), tuple(_take_apart(child, tensors) for child in value))
     handler = node_kind(kind)
     if handler is not None:
-        children, context = handler.flatten(value)
-        node = _Node(kind, _hashable(context), handler.unflatten)
+        children, context = handler.flatten_fn(value)
+        node = _Node(kind, _hashable(context), handler.unflatten_fn)
         return Structure("node", node, tuple(_take_apart(child, tensors) for child in children))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = tuple(field.name for field in dataclasses.fields(value) if hasattr(value, field.name))

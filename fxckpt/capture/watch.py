@@ -17,11 +17,11 @@ from fxckpt.upstream.ambient import Ambient
 from fxckpt.upstream.hooks import (
     buffers_of,
     children_of,
-    has_accumulation_hooks,
     hooks_of,
     parameters_of,
     sizes_of,
     which_have_hooks,
+    with_accumulation_hooks,
 )
 
 Signature = Hashable
@@ -54,7 +54,7 @@ class Watch:
         try:
             return (
                 any(owner[name] is not child for (owner, name), child in self.children)
-                or sizes_of([m for _, m in self.modules]) != self.sizes
+                or sizes_of(self.modules) != self.sizes
             )
         except KeyError:
             return True
@@ -69,15 +69,14 @@ class Watch:
             tuple([module.training for _, module in self.modules]),
             tuple([(p.requires_grad, p.dtype, p.shape, p.device) for p in parameters if p is not None]),
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
-            which_have_hooks([m for _, m in self.modules[1:]]),
+            which_have_hooks(self.modules[1:]),
             self.hooked_parameters(),
             Ambient.now(),
         )
 
     def hooked_parameters(self) -> frozenset[str]:
         """Paths of the parameters with hooks that run during backward, and may change them there."""
-        found = ((path, owner[name]) for path, (owner, name) in self.parameters.items())
-        return frozenset([path for path, p in found if p is not None and has_accumulation_hooks(p)])
+        return with_accumulation_hooks([(path, owner[name]) for path, (owner, name) in self.parameters.items()])
 
     def gradients_allocated(self) -> bool:
         """Whether some parameter has a gradient, which this step will add to."""
@@ -106,8 +105,7 @@ class Watch:
                 if not _is_captured(hook):
                     raise RuntimeContractError(
                         f"submodule {name!r} has a hook ({kind}), which an optimized module would not call "
-                        f"at "
-                        "every step: remove it, register it on the root module, or use a hook on a parameter"
+                        "at every step: remove it, register it on the root module, or use a hook on a parameter"
                     )
 
 
@@ -132,7 +130,7 @@ def watch(model: nn.Module) -> Watch:
         dict(_places(modules, parameters_of)),
         dict(_places(modules, buffers_of)),
         tuple(tensor_attributes(model)),
-        sizes_of([m for _, m in modules]),
+        sizes_of(modules),
     )
 
 

@@ -10,14 +10,19 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from math import fsum
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from fxckpt.core.fields import columns, records, valid
 from fxckpt.core.ops import RESIDENT, Engine, Op, Place, Storage, StorageKind
 from fxckpt.errors import PlanFormatError
+
+if TYPE_CHECKING:
+    import networkx as nx
+
+    Node = tuple[str, int]
 
 __all__ = ["RESIDENT", "Engine", "Graph", "Op", "Place", "Storage", "StorageKind"]
 
@@ -104,12 +109,14 @@ class Graph:
 
     def sizes_bytes(self, place: Place) -> tuple[int, ...]:
         """What each storage takes of a memory [B]."""
-        return self._sizes_bytes[place]
+        return self._device_bytes if place == "device" else self._sizes_bytes(place)
 
     @cached_property
-    def _sizes_bytes(self) -> dict[Place, tuple[int, ...]]:
-        places: tuple[Place, ...] = get_args(Place)
-        return {place: tuple(s.size_bytes if s.place == place else 0 for s in self.storages) for place in places}
+    def _device_bytes(self) -> tuple[int, ...]:
+        return self._sizes_bytes("device")
+
+    def _sizes_bytes(self, place: Place) -> tuple[int, ...]:
+        return tuple(s.size_bytes if s.place == place else 0 for s in self.storages)
 
     def given_bytes(self, place: Place) -> int:
         """Bytes of a memory that parameters, buffers and inputs take [B]."""
@@ -140,6 +147,42 @@ class Graph:
         """
         stages = 128 if self.gradients_allocated else 8
         return max(self.bytes_of(self.gradients) // stages, 1)
+
+    def to_networkx(self, *, alternatives: bool = False) -> nx.DiGraph[Node]:
+        """The step as a directed graph of ops and storages, for the algorithms of networkx.
+
+        Nodes are ("op", index) and ("storage", index), with the fields of `Op` and `Storage` as attributes, and for ops
+        `part`: "forward", "backward" or "alternative". An arc leads from each op to what it writes, and from each
+        storage to the ops that read it; `time_us` of an arc is the time of the op that reads [µs], so that a longest
+        path adds up the ops on it.
+
+        Args:
+            alternatives: whether these are in it, and what only they write. The plain step has no circle; with
+                alternatives, what is sent away and comes back is one.
+
+        >>> ops = (Op("f", "relu", (0,), (1,), time_us=2.0), Op("g", "exp", (1,), (2,), time_us=3.0))
+        >>> storages = (Storage("x", 8, "input"), Storage("y", 8, "activation"), Storage("z", 8, "activation"))
+        >>> import networkx as nx
+        >>> net = Graph(ops, storages, 2, outputs=(2,)).to_networkx()
+        >>> nx.dag_longest_path(net, weight="time_us")
+        [('storage', 0), ('op', 0), ('storage', 1), ('op', 1)]
+        >>> nx.immediate_dominators(net, ("storage", 0))[("storage", 2)]
+        ('op', 1)
+        >>> net.nodes["op", 1]["target"], nx.dag_longest_path_length(net, weight="time_us")
+        ('exp', 5.0)
+        """
+        import networkx as nx
+
+        net: nx.DiGraph[Node] = nx.DiGraph()
+        for index, storage in enumerate(self.storages):
+            if alternatives or self.producer[index] >= 0 or not self.ways[index]:
+                net.add_node(("storage", index), **asdict(storage))
+        for index, op in enumerate(self.ops if alternatives else self.plain_ops):
+            part = "forward" if index < self.forward_count else "backward"
+            net.add_node(("op", index), part=part if index < self.plain_count else "alternative", **asdict(op))
+            net.add_edges_from(((("storage", s), ("op", index)) for s in op.reads), time_us=op.time_us)
+            net.add_edges_from(((("op", index), ("storage", s)) for s in op.writes), time_us=0.0)
+        return net
 
     def with_gradients(self, allocated: bool) -> Graph:
         """The same step with gradients fresh or already allocated."""

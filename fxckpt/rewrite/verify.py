@@ -8,11 +8,13 @@ long as the simulation says, so that the predicted peak is that of the code whic
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import Any
 
+import torch
 from torch import fx
 
+from fxckpt.capture.nodes import is_selection
 from fxckpt.core.graph import RESIDENT, Graph
 from fxckpt.core.simulate import Timeline
 from fxckpt.errors import VerificationError
@@ -23,6 +25,9 @@ from fxckpt.rewrite.emitted import Emitted, deliver
 from fxckpt.upstream import pytree
 from fxckpt.upstream.ops.rng import run_with_rng_state
 
+_DETACH = torch.ops.aten.detach.default
+"""Makes a tensor of its own of one that is handed out already."""
+
 
 def verify(profile: Profile, timeline: Timeline, executable: Executable) -> None:
     """Check that the graphs which an executable runs are exactly a simulated schedule.
@@ -32,8 +37,10 @@ def verify(profile: Profile, timeline: Timeline, executable: Executable) -> None
     """
     emitted = executable.emitted
     _check_order(profile, timeline, emitted)
+    _check_nothing_else_works(profile, emitted)
     _check_arguments(profile, emitted)
     _check_lifetimes(profile, timeline, emitted)
+    _check_handed_out(profile, emitted)
 
 
 def _nodes(emitted: Emitted) -> list[fx.Node]:
@@ -55,6 +62,48 @@ def _check_order(profile: Profile, timeline: Timeline, emitted: Emitted) -> None
                 raise VerificationError(f"{have.name} is emitted where {want.name} belongs")
 
 
+def _check_nothing_else_works(profile: Profile, emitted: Emitted) -> None:
+    """What is no step only makes views, picks results, keeps what repeats need, or hands over."""
+    for node in _nodes(emitted):
+        if node.op != "call_function" or "fxckpt_step" in node.meta or "fxckpt_replay" in node.meta:
+            continue
+        captured = node.meta.get("fxckpt_node")
+        if captured is None and node.target not in (deliver, _DETACH):
+            raise VerificationError(f"{node.name} is neither a step nor made of the captured graph")
+        if captured in profile.map.writes and not is_selection(captured):
+            raise VerificationError(f"{node.name} computes {captured.name} beside the steps of the schedule")
+
+
+def _check_handed_out(profile: Profile, emitted: Emitted) -> None:
+    """Forward returns updates, outputs and what is saved; each stage delivers the gradients of its inputs."""
+    roles = profile.joint.roles
+    results = [i.update for i in roles.inputs if i.update is not None] + [o.node for o in roles.outputs]
+    returned: Any = emitted.forward.output_node().args[0]
+    found = [_behind_detach(node) for node in returned]
+    expected = [*results, *(_stands_for(node) for node in emitted.saved)]
+    for want, have in zip_longest(expected, [_stands_for(node) for node in found]):
+        if want != have:
+            raise VerificationError(f"forward returns {have} where {want} belongs")
+    delivered = [node for node in emitted.backward.nodes if node.target is deliver]
+    if len(delivered) != len(emitted.stages):
+        raise VerificationError(f"backward delivers gradients {len(delivered)} times, in {len(emitted.stages)} stages")
+    for node, stage in zip(delivered, emitted.stages, strict=True):
+        gradients = [roles.inputs[index].gradient for index in stage.inputs]
+        for want, have in zip_longest(gradients, node.args):
+            if want is not (have.meta.get("fxckpt_node") if isinstance(have, fx.Node) else have):
+                raise VerificationError(f"{have} is delivered where the gradient {want} belongs")
+
+
+def _behind_detach(node: fx.Node) -> fx.Node:
+    (source,) = node.all_input_nodes if node.target is _DETACH and "fxckpt_node" not in node.meta else (node,)
+    return source
+
+
+def _stands_for(node: fx.Node) -> Any:
+    """The captured node, or the name of the storage to be replayed, that an emitted node holds the value of."""
+    return node.meta.get("fxckpt_node", node.meta.get("fxckpt_replay", node))
+
+
 def _check_arguments(profile: Profile, emitted: Emitted) -> None:
     """Each emitted node calls what its captured node calls, on the same values in their latest copies."""
     behind = profile.map.behind
@@ -72,12 +121,14 @@ def _check_arguments(profile: Profile, emitted: Emitted) -> None:
             raise VerificationError(f"{node.name} calls {target}, but {captured.name} calls {captured.target}")
         expected = pytree.tree_leaves((captured.args, captured.kwargs))
         found = pytree.tree_leaves((args, kwargs))
-        for want, have in zip(expected, found, strict=True):
-            if not isinstance(want, fx.Node):
+        for want, have in zip_longest(expected, found):
+            if not isinstance(want, fx.Node) or not isinstance(have, fx.Node):
                 if want is not have and want != have:
                     raise VerificationError(f"{node.name} has the argument {have!r} where {captured.name} has {want!r}")
             elif "fxckpt_replay" not in have.meta:
                 _check_value(node, want, have, latest, copy_of, behind)
+            elif have.meta["fxckpt_replay"] != f"{captured.name}.{profile.map.storages[behind[want]].name}":
+                raise VerificationError(f"{node.name} reads {have.name} where the old value of {want.name} belongs")
         if "fxckpt_step" in node.meta:
             for storage in profile.map.writes[captured]:
                 latest[storage] = position
@@ -166,9 +217,19 @@ def _check_overwritten(graph: Graph, split: int, overwritten: list[tuple[fx.Node
     """Nobody may read a value after an op wrote over it, nor may backward write over what forward saved."""
     handed_out = {*graph.outputs, *graph.updates, *graph.gradients}
     for node, copy, step in overwritten:
-        if copy is None or copy.storage in handed_out or copy.dies > step or (copy.born < split) != (step < split):
+        if copy is None or _is_needed(graph, copy, handed_out) or copy.dies > step or _saved(copy, step, split):
             name = graph.storages[copy.storage].name if copy else "a value that is given"
             raise VerificationError(f"{node.name} writes over {name}, which is still needed")
+
+
+def _is_needed(graph: Graph, copy: _Copy, handed_out: set[int]) -> bool:
+    """Whether a copy is somebody else's, now or later."""
+    return copy.storage in handed_out or graph.storages[copy.storage].kind == "tangent"
+
+
+def _saved(copy: _Copy, step: int, split: int) -> bool:
+    """Whether a step of backward looks at a copy of forward's."""
+    return (copy.born < split) != (step < split)
 
 
 def _step_of(node: fx.Node, step: int) -> int:

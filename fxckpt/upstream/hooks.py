@@ -28,14 +28,14 @@ def buffers_of(module: nn.Module) -> dict[str, torch.Tensor | None]:
     return module._buffers
 
 
-def sizes_of(modules: Iterable[nn.Module]) -> tuple[int, ...]:
-    """How many submodules, parameters and buffers each module has."""
-    return tuple([len(m._modules) + len(m._parameters) + len(m._buffers) for m in modules])
+def sizes_of(modules: Iterable[tuple[str, nn.Module]]) -> tuple[int, ...]:
+    """How many submodules, parameters and buffers each of some named modules has."""
+    return tuple([len(m._modules) + len(m._parameters) + len(m._buffers) for _, m in modules])
 
 
-def which_have_hooks(modules: Iterable[nn.Module]) -> tuple[bool, ...]:
-    """For each module whether something is called before or after its forward, or after its backward."""
-    return tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for m in modules])
+def which_have_hooks(modules: Iterable[tuple[str, nn.Module]]) -> tuple[bool, ...]:
+    """For each of some named modules whether something is called around its forward, or after its backward."""
+    return tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in modules])
 
 
 def hooks_of(module: nn.Module) -> list[tuple[str, Any]]:
@@ -48,9 +48,9 @@ def gradient_hooks_of(tensor: torch.Tensor) -> dict[int, Any] | None:
     return tensor._backward_hooks
 
 
-def has_accumulation_hooks(parameter: torch.Tensor) -> bool:
-    """Whether something is called when the parameter's gradient is there, and may change the parameter then."""
-    return bool(parameter._post_accumulate_grad_hooks)
+def with_accumulation_hooks(parameters: Iterable[tuple[str, torch.Tensor | None]]) -> frozenset[str]:
+    """Names of the parameters for which something is called when their gradient is there, and may change them then."""
+    return frozenset([name for name, p in parameters if p is not None and p._post_accumulate_grad_hooks])
 
 
 def is_call_of_module(code: CodeType) -> bool:

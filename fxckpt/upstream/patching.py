@@ -35,13 +35,19 @@ def function_replaced(function: Callable[..., Any], by: Callable[..., Any]) -> I
 
     For a generator function, or one made of it by `contextlib.contextmanager`, `by` is a generator function too.
     """
+    with _function_entered(function) as site:
+        replacement = functools.partial(by, site.current())
+        with _seen(site.place, _View(lambda: replacement)):
+            yield
+
+
+@contextlib.contextmanager
+def _function_entered(function: Callable[..., Any]) -> Iterator[_Function]:
     inner = inspect.unwrap(function)
     assert isinstance(inner, FunctionType)
     assert not inner.__code__.co_freevars, f"{inner.__qualname__} reads variables of the function around it"
     with _entered(_Function, inner, "") as site:
-        replacement = functools.partial(by, site.current())
-        with _seen(site.place, _View(lambda: replacement)):
-            yield
+        yield site
 
 
 def caller() -> FrameType:
@@ -61,18 +67,20 @@ def attribute_replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def state_apart(module: ModuleType, *names: str, functions: tuple[Callable[..., Any], ...] = ()) -> Iterator[None]:
-    """What a module's functions keep in its global variables they keep apart for this thread, from what is there now.
+    """What a module's functions keep in its global variables they keep apart for this thread, from what it sees now.
 
     Args:
         module: whose variables.
         names: those that are also read or set from outside; dictionaries among them are copied.
         functions: which functions; by default all of the module.
     """
-    apart = dict(vars(module))
-    apart |= {name: apart[name].copy() for name in names if isinstance(apart[name], dict)}
+    seen = {name: getattr(module, name) for name in names}
+    apart = vars(module) | {name: value.copy() if isinstance(value, dict) else value for name, value in seen.items()}
     with contextlib.ExitStack() as stack:
         for function in functions or tuple(f for f in vars(module).values() if _is_of(module, f)):
-            stack.enter_context(function_replaced(function, functools.partial(_call_apart, apart)))
+            site = stack.enter_context(_function_entered(function))
+            own = functools.partial(_twin, site.original, apart)
+            stack.enter_context(_seen(site.place, _View(own)))
         for name in names:
             view = _View(functools.partial(apart.__getitem__, name), functools.partial(apart.__setitem__, name))
             stack.enter_context(_attribute_viewed(module, name, view))
@@ -82,10 +90,6 @@ def state_apart(module: ModuleType, *names: str, functions: tuple[Callable[..., 
 def _is_of(module: ModuleType, value: Any) -> bool:
     inner = inspect.unwrap(value) if isinstance(value, FunctionType) else value
     return isinstance(inner, FunctionType) and inner.__globals__ is vars(module) and not inner.__code__.co_freevars
-
-
-def _call_apart(apart: dict[str, Any], original: FunctionType, *args: Any, **kwargs: Any) -> Any:
-    return _twin(original, apart)(*args, **kwargs)
 
 
 def _twin(function: FunctionType, variables: dict[str, Any]) -> FunctionType:
@@ -176,7 +180,7 @@ class _Function(_Site):
     def __init__(self, function: FunctionType, _: str) -> None:
         self.place = _Place()
         self._function, self._code = function, function.__code__
-        self._original = _twin(function, function.__globals__)
+        self.original = _twin(function, function.__globals__)
         self._standing_in = _standing_in(function.__code__, id(function))
         _FUNCTIONS[id(function)] = self
         function.__code__ = self._standing_in
@@ -184,7 +188,7 @@ class _Function(_Site):
     def current(self) -> Callable[..., Any]:
         """What this thread calls."""
         views = self.place.views
-        return views[-1].get() if views else self._original
+        return views[-1].get() if views else self.original
 
     def put_back(self) -> None:
         if self._function.__code__ is self._standing_in:

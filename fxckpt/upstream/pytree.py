@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.utils._pytree import SUPPORTED_NODES, is_namedtuple_instance, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import SUPPORTED_NODES, NodeDef, is_namedtuple_instance, tree_leaves, tree_map, tree_map_only
 
-__all__ = ["NodeKind", "is_namedtuple_instance", "node_kind", "tensors_in", "tree_leaves", "tree_map", "tree_map_only"]
-
-
-class NodeKind(NamedTuple):
-    """How values of a registered type are taken apart into children and a context, and put together again."""
-
-    flatten: Callable[[Any], tuple[list[Any], Any]]
-    unflatten: Callable[[list[Any], Any], Any]
+__all__ = ["NodeDef", "is_namedtuple_instance", "node_kind", "tensors_in", "tree_leaves", "tree_map", "tree_map_only"]
 
 
-def node_kind(kind: type) -> NodeKind | None:
-    """What is registered for a type; None if nothing is."""
-    found = SUPPORTED_NODES.get(kind)
-    return None if found is None else NodeKind(found.flatten_fn, found.unflatten_fn)
+def node_kind(kind: type) -> NodeDef | None:
+    """How values of a registered type are taken apart (`flatten_fn`) and put together again (`unflatten_fn`)."""
+    return SUPPORTED_NODES.get(kind)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -12,8 +12,8 @@ from benchmarks.peers.subjects import Subject, subjects
 from benchmarks.torch_planner import Comparison, Cost, Rival
 from fxckpt.capture.joint import capture
 from fxckpt.core.schedule import plain
-from fxckpt.profile.costs import estimated
 from fxckpt.profile.build import Profile, build
+from fxckpt.profile.costs import estimated
 from fxckpt.profile.estimate import DEVICES
 from fxckpt.steps.comparison import gradients_of, largest_difference
 

@@ -15,7 +15,7 @@ from benchmarks.models.training import assert_same_step, plain_step, run_step
 from fxckpt.capture.constants import only_value
 from fxckpt.capture.joint import capture
 from fxckpt.errors import CaptureError
-from fxckpt.module.planner import planner_of
+from fxckpt.module.stand_in import planner_of
 
 
 class Asks(nn.Module):

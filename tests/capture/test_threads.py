@@ -273,6 +273,24 @@ def test_plain_steps(step: tuple[nn.Module, Any]) -> None:
 
 
 @pytest.mark.usefixtures("middle")
+def test_a_compiled_step() -> None:
+    layer = nn.Linear(16, 16)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.dropout(F.hardswish(layer(x)), 0.5).sum()
+
+    gradients = []
+    torch.compiler.reset()
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        torch.manual_seed(3)
+        layer.zero_grad()
+        run(X).backward()
+        gradients.append([p.grad for p in layer.parameters()])
+    for found, expected in zip(*gradients, strict=True):
+        assert_same_bits(found, expected, "gradient")
+
+
+@pytest.mark.usefixtures("middle")
 def test_what_torch_tells_of_itself() -> None:
     assert torch.compiler.is_compiling() is False
     assert torch.compiler.is_exporting() is False

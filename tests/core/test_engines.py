@@ -122,6 +122,14 @@ def test_a_fetched_copy_is_waited_for_with_all_that_it_is_made_from() -> None:
     assert [(x.born, x.dies) for x in timeline.lifetimes if x.storage == 17] == [(2, 8)]
 
 
+def test_what_has_been_computed_again_is_not_waited_for() -> None:
+    graph = with_offload(chain(), A0, out_us=2.0, in_us=50.0)
+    timeline = simulate(graph, Schedule((0, 1, SEND, 2, SENT, 3, 4, FETCH, 5, 0, 6, 7), 6))
+    assert timeline.start_us.tolist()[9:12] == [24.0, 25.0, 29.0]  # f0 again, b1, b0; the copy comes at 68
+    assert (timeline.step_us, timeline.clocks.waiting_us, timeline.recompute_us) == (68.0, 0.0, 1.0)
+    assert [(x.born, x.dies) for x in timeline.lifetimes if x.storage == A0] == [(0, 4), (7, 11), (9, 10)]
+
+
 def exchange() -> Graph:
     """Forward gathers w (8 B, 4 µs) from a shard beside x (3 µs) and uses both; backward sums up two gradients.
 

@@ -1,14 +1,19 @@
+import doctest
 import json
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import networkx as nx
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
+from fxckpt.core import graph as graph_module
 from fxckpt.core.graph import Graph, Op, Storage
+from fxckpt.core.solvers.keep import closure
 from fxckpt.errors import PlanFormatError
-from tests.support.strategies import chain, graphs
+from tests.support.strategies import chain, graphs, graphs_with_alternatives, training_steps
 
 
 def test_derived_facts_of_a_chain() -> None:
@@ -117,6 +122,48 @@ def test_columns_of_unequal_length_are_refused() -> None:
     data["ops"]["name"].append("one more")
     with pytest.raises(PlanFormatError, match="shorter"):
         Graph.from_dict(data)
+
+
+def test_examples_in_docstrings() -> None:
+    result = doctest.testmod(graph_module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@given(graphs_with_alternatives())
+def test_networkx_has_every_op_storage_and_arc(graph: Graph) -> None:
+    net = graph.to_networkx(alternatives=True)
+    ops = {index: data for (kind, index), data in net.nodes(data=True) if kind == "op"}
+    storages = {index: data for (kind, index), data in net.nodes(data=True) if kind == "storage"}
+    assert [Op(**{k: v for k, v in ops[i].items() if k != "part"}) for i in range(len(ops))] == list(graph.ops)
+    assert [Storage(**storages[i]) for i in range(len(storages))] == list(graph.storages)
+    parts = [ops[i]["part"] for i in range(len(ops))]
+    backward = graph.plain_count - graph.forward_count
+    assert parts == ["forward"] * graph.forward_count + ["backward"] * backward + ["alternative"] * graph.alternatives
+    for index, op in enumerate(graph.ops):
+        assert {s for _, s in net.predecessors(("op", index))} == set(op.reads)
+        assert {s for _, s in net.successors(("op", index))} == set(op.writes)
+    assert nx.is_bipartite(net)
+
+
+@given(graphs_with_alternatives())
+def test_the_plain_step_is_a_network_without_circles(graph: Graph) -> None:
+    net = graph.to_networkx()
+    assert nx.is_directed_acyclic_graph(net)
+    assert sum(kind == "op" for kind, _ in net) == graph.plain_count
+    assert nx.dag_longest_path_length(net, weight="time_us") <= graph.step_us
+    assert all(net.nodes[node]["place"] == "device" for node in net if node[0] == "storage")
+
+
+@given(training_steps(), st.data())
+def test_what_must_run_again_is_what_leads_there(graph: Graph, data: st.DataObject) -> None:
+    activations = [i for i, s in enumerate(graph.storages) if s.kind == "activation"]
+    needed = data.draw(st.lists(st.sampled_from(activations), max_size=3))
+    live = set(data.draw(st.lists(st.sampled_from(activations), max_size=4)))
+    net = graph.to_networkx()
+    net.remove_nodes_from([("storage", s) for s in live])
+    before = {a for s in needed if s not in live for a in nx.ancestors(net, ("storage", s))}
+    assert closure(graph, needed, live) == sorted(index for kind, index in before if kind == "op")
 
 
 def test_replayed_storages_may_be_read_by_their_op_only_through_replay() -> None:

@@ -83,10 +83,6 @@ STEPS: dict[str, tuple[StepOf, int]] = {
     "triplet": (triplet, 3),
     "first loss first": (first_loss_first, 2),
 }
-    "siamese": (siamese, 2),
-    "triplet": (triplet, 3),
-    "first loss first": (first_loss_first, 2),
-}
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -79,7 +79,7 @@ def gradients(model: nn.Module, program: Program, x: Tensor) -> list[Tensor]:
     model.zero_grad(set_to_none=True)
     torch.manual_seed(3)
     (loss,) = run_forward(program, watch(model).given(program.roles.inputs, [x]), no_other)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 

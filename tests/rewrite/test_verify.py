@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from traceback import extract_tb
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from fxckpt.pipeline import profile_step
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite import verify as verifier
 from fxckpt.rewrite.backends.python import PythonExecutable, executable
+from fxckpt.rewrite.emitted import deliver
 from fxckpt.rewrite.verify import verify
 
 aten = torch.ops.aten
@@ -31,13 +33,18 @@ SOURCE = Path(verifier.__file__)
 
 
 class Net(nn.Module):
-    """ReLUs that may be written over or not, a difference, a power, views."""
+    """ReLUs that may be written over or not, a difference, a power, views, and a buffer that is read and changed."""
+
+    seen: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.lift, self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 64)
+        self.register_buffer("seen", torch.ones(16))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = torch.atan2(x, self.seen)
+        self.seen.add_(1)
         hidden = torch.relu(self.lift(x))
         y: Tensor = self.second(torch.relu(hidden - torch.relu(self.first(hidden)))).pow(3)
         return y
@@ -220,6 +227,61 @@ def other_timeline(schedule_of: Callable[[Graph], Schedule]) -> Damage:
     return damage
 
 
+def worked_beside(name: str, *, captured: bool) -> Damage:
+    """Something is computed that is no step; `captured`: it says of what captured op it is the value."""
+
+    def damage(step: Step) -> None:
+        node = step.node(name)
+        with node.graph.inserting_after(node):
+            copy = node.graph.node_copy(node, lambda n: n)
+        copy.meta = {"fxckpt_node": node.meta["fxckpt_node"]} if captured else {}
+
+    return damage
+
+
+def returning(change: Callable[[tuple[fx.Node, ...]], tuple[fx.Node, ...]]) -> Damage:
+    """Forward returns something else."""
+
+    def damage(step: Step) -> None:
+        (end,) = step.forward.find_nodes(op="output")
+        returned: Any = end.args[0]
+        end.args = (change(returned),)
+
+    return damage
+
+
+def delivering(change: Callable[[tuple[fx.Node, ...]], tuple[fx.Node | None, ...]], *, again: bool = False) -> Damage:
+    """The last stage hands over something else, or does so twice."""
+
+    def damage(step: Step) -> None:
+        node = [n for n in step.backward.nodes if n.target is deliver][-1]
+        gradients: Any = node.args
+        node.args = change(gradients)
+        if again:
+            with step.backward.inserting_after(node):
+                step.backward.node_copy(node, lambda n: n)
+
+    return damage
+
+
+def replaying(name: str, what: str) -> Damage:
+    """A repeat reads what was kept for another."""
+
+    def damage(step: Step) -> None:
+        (kept,) = (node for node in step.node(name).all_input_nodes if "fxckpt_replay" in node.meta)
+        kept.meta["fxckpt_replay"] = what
+
+    return damage
+
+
+def with_arguments(name: str, change: Callable[[tuple[Any, ...]], tuple[Any, ...]]) -> Damage:
+    def damage(step: Step) -> None:
+        node = step.node(name)
+        node.args = change(node.args)
+
+    return damage
+
+
 @dataclass(frozen=True)
 class Case:
     """A damage, and what the verifier says of it; the step keeps everything, or else nothing."""
@@ -277,11 +339,11 @@ CASES: dict[str, Case] = {
         saved("forward.relu_2"), r"relu_2, written in step \d+, dies in step \d+ .*", keeps=False
     ),
     "a value that backward needs is not saved": Case(
-        handing_over(lambda saved: saved[:-1]), r"relu, written in step 1, dies in step 4 of the emitted code, but .*"
+        handing_over(lambda saved: saved[:-1]), r"atan2, written in step 0, dies in step 2 of the emitted code, but .*"
     ),
     "saved values change places": Case(
         handing_over(lambda saved: saved[::-1]),
-        r"relu, written in step 1, dies in step \d+ of the emitted code, but .*",
+        r"atan2, written in step 0, dies in step \d+ of the emitted code, but .*",
     ),
     "a value that backward needs is written over": Case(
         calling("forward.sub", aten.sub.out, out="forward.relu"), "sub writes over relu, which is still needed"
@@ -293,6 +355,42 @@ CASES: dict[str, Case] = {
     "what forward saved is written over": Case(
         calling("threshold_backward", aten.threshold_backward.grad_input, grad_input="relu_2"),
         "threshold_backward writes over relu_2, which is still needed",
+    ),
+    "a tangent is written over": Case(
+        calling("mul_1", aten.mul.out, out="tangents_1"), "mul_1 writes over tangents_1, which is still needed"
+    ),
+    "an op is computed beside the steps": Case(
+        worked_beside("sum_1", captured=True), r"sum_\d computes sum_1 beside the steps of the schedule"
+    ),
+    "something unknown is computed": Case(
+        worked_beside("sum_1", captured=False), r"sum_\d is neither a step nor made of the captured graph"
+    ),
+    "forward returns too little": Case(
+        returning(lambda values: values[:-1]), r"forward returns None where \w+ belongs"
+    ),
+    "forward returns values in another order": Case(
+        returning(lambda values: values[::-1]), r"forward returns \w+ where add belongs"
+    ),
+    "something else is delivered": Case(
+        delivering(lambda gradients: (gradients[0].all_input_nodes[0], *gradients[1:])),
+        r"\w+ is delivered where the gradient \w+ belongs",
+    ),
+    "a gradient is not delivered": Case(
+        delivering(lambda gradients: (None, *gradients[1:])), r"None is delivered where the gradient \w+ belongs"
+    ),
+    "gradients are delivered twice": Case(
+        delivering(lambda gradients: gradients, again=True), r"backward delivers gradients (\d+) times, in \d+ stages"
+    ),
+    "an argument is missing": Case(
+        with_arguments("sum_1", lambda args: args[:-1]), "sum_1 has the argument None where sum_1 has True"
+    ),
+    "the old value of something else is read": Case(
+        replaying("atan2_again", "sub.something"),
+        r"atan2_again reads \w+ where the old value of \w+ belongs",
+        keeps=False,
+    ),
+    "a number stands for a value": Case(
+        with_arguments("mm", lambda args: (args[0], 3)), r"mm has the argument 3 where mm has \w+"
     ),
     "a parameter is written over": Case(
         calling("mul_1", aten.mul.out, out="primals_5"),

@@ -15,8 +15,8 @@ import fxckpt
 from benchmarks.models.cases import case, project
 from benchmarks.models.training import assert_same_bits, assert_same_step, plain_step, run_step
 from fxckpt import pipeline as compiling
-from fxckpt.capture import cleanup
 from fxckpt.capture import joint as capturing
+from fxckpt.capture import passes
 from fxckpt.errors import VerificationError
 from fxckpt.rewrite.backends import Executable
 
@@ -155,7 +155,7 @@ def test_a_wrong_op_of_an_emitted_graph_is_named(half: str, target: Any, suffix:
 
 @pytest.mark.works("`verify=True`")
 def test_a_wrong_op_of_the_captured_graph_is_named() -> None:
-    clean = cleanup.clean
+    clean = passes.clean
 
     def clean_and_spoil(module: fx.GraphModule) -> None:
         clean(module)

@@ -240,6 +240,16 @@ def test_state_of_a_module() -> None:
     assert (module.deeper(), module.notes) == (3, {})
 
 
+def test_state_within_state() -> None:
+    module = made_module()
+    with state_apart(module, "depth", "notes"):
+        module.deeper()
+        with state_apart(module, "depth", "notes"), module.noting("a"):
+            assert (module.deeper(), module.notes) == (2, {"a": 1})
+        assert (module.deeper(), module.notes) == (2, {})
+    assert module.depth == 0
+
+
 def test_state_of_some_functions_of_a_module() -> None:
     module = made_module()
     with state_apart(module, functions=(module.deeper,)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import get_args
 
+import networkx as nx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,6 +126,30 @@ def test_a_cut_is_the_cheapest_choice_at_its_price(graph: Graph, price: float) -
         kept = frozenset(s for i, s in enumerate(candidates) if bits >> i & 1)
         if set(problem.ops).isdisjoint(i for i, op in enumerate(graph.ops) if op.pinned):
             assert best <= cost(kept) + 1e-6
+
+
+def as_minimum_cut(graph: Graph, price: float) -> nx.DiGraph[str]:
+    """The network of `solvers.mincut`, for the algorithms of networkx; an arc without a capacity bears any flow."""
+    net: nx.DiGraph[str] = nx.DiGraph()
+    net.add_nodes_from(("source", "sink"))
+    chosen = {s for op in graph.ops[: graph.forward_count] for s in op.writes if s not in graph.outputs}
+    for storage in chosen:
+        net.add_edge(f"s{storage}", f"o{graph.producer[storage]}", capacity=price * graph.storages[storage].size_bytes)
+    for op in graph.backward_ops:
+        net.add_edges_from(("source", f"s{storage}") for storage in op.reads if storage in chosen)
+    for index, op in enumerate(graph.ops[: graph.forward_count]):
+        net.add_edge(f"o{index}", "sink", capacity=op.time_us)
+        net.add_edges_from((f"o{index}", f"s{storage}") for storage in op.reads if storage in chosen)
+    return net
+
+
+@given(training_steps(), st.floats(0, 10))
+@settings(max_examples=200)
+def test_a_cut_is_as_cheap_as_the_one_that_networkx_finds(graph: Graph, price: float) -> None:
+    problem = KeepProblem(graph, graph.outputs)
+    least, _ = nx.minimum_cut(as_minimum_cut(graph, price), "source", "sink")
+    kept_bytes, time_us = problem.cost(problem.keep_at(price))
+    assert price * kept_bytes + time_us == pytest.approx(least, rel=1e-9, abs=1e-6)
 
 
 @given(training_steps())

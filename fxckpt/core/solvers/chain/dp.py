@@ -106,19 +106,23 @@ def dp(graph: Graph, budget_bytes: int, *, effort: Effort = "default") -> Schedu
 
 def _fitting(graph: Graph, tables: _Tables, budget_bytes: int) -> list[Timeline]:
     """The fastest schedule that fits of each table that has one."""
-    return [simulate(graph, order.restored(t.schedule)) for o, order in tables if (t := o.fastest(budget_bytes))]
+    return [simulate(graph, schedule) for schedule in _fastest(tables, budget_bytes)]
+
+
+def _fastest(tables: _Tables, budget_bytes: int) -> list[Schedule]:
+    return [order.restored(t.schedule) for offers, order in tables if (t := offers.fastest(budget_bytes))]
 
 
 def _lowest(graph: Graph, tables: _Tables) -> list[Timeline]:
     """The schedule of lowest peak of each table."""
-    return [simulate(graph, order.restored(t.schedule)) for o, order in tables if (t := o.lowest())]
+    return [simulate(graph, order.restored(t.schedule)) for offers, order in tables if (t := offers.lowest())]
 
 
 def _near(graph: Graph, tables: _Tables, budget_bytes: int, level: Level) -> list[Schedule]:
     """Faster schedules that are somewhat over the budget: the local search may bring them under it."""
     room_bytes = budget_bytes - graph.static_bytes
-    over = (_fitting(graph, tables, budget_bytes + int(r * room_bytes)) for r in level.over_ratios)
-    return list(dict.fromkeys(timeline.schedule for timelines in over for timeline in timelines))
+    over = (_fastest(tables, budget_bytes + int(ratio * room_bytes)) for ratio in level.over_ratios)
+    return list(dict.fromkeys(schedule for schedules in over for schedule in schedules))
 
 
 def _floor(graph: Graph, lowest: list[Timeline], level: Level) -> Timeline:

@@ -76,8 +76,15 @@ def polish(
     if search.choices and schedule.order and graph.plain_count <= _MOST_OPS:
         found += [greedy(wiring, other, budget_bytes) for other in _other_starts(graph, search.choices)]
 
+    ranks: dict[Schedule, tuple[int, float, float]] = {}
+
+    def rank(one: Schedule) -> tuple[int, float, float]:
+        if one not in ranks:
+            ranks[one] = _rank(graph, one, budget_bytes)
+        return ranks[one]
+
     def best(number: int) -> list[Schedule]:
-        return sorted(found, key=lambda one: _rank(graph, one, budget_bytes))[:number]
+        return sorted(found, key=rank)[:number]
 
     found += [_exchanged(wiring, one, budget_bytes) for one in best(search.exchanged)]
     restarts, moves = search.restarts, search.moves

@@ -11,12 +11,11 @@ same kernel: a step makes hundreds of calls.
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import fx
-from torch.fx.graph import CodeGen
 
 from fxckpt.rewrite.emitted import deliver
+from fxckpt.upstream.boxed import BoxedCodeGen
 
 DIRECT: dict[str, str] = {
     "add.Tensor": "torch.add",
@@ -51,23 +50,9 @@ that was traced may then need a copy, as `reshape` makes it.
 _OVERLOAD = re.compile(r"\btorch\.ops\.aten\.(\w+\.\w+)\(")
 
 
-class BoxedCodeGen(CodeGen):
-    """Generates `forward(self, boxed)`, which takes its inputs in a list, empties it, and yields what is delivered."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._body_transformer = _written_out
-
-    def gen_fn_def(self, free_vars: list[str], maybe_return_annotation: str, **_: Any) -> str:
-        """The function's first lines: signature, unpacking, clearing."""
-        names = [v.split(":")[0].split("=")[0].strip() for v in free_vars if v != "self"]
-        unpack = f"    {', '.join(names)}, = boxed\n" if names else ""
-        return f"def {self._func_name}(self, boxed){maybe_return_annotation}:\n{unpack}    boxed.clear()"
-
-
 def compile_boxed(graph: fx.Graph, attributes: fx.GraphModule, name: str) -> fx.GraphModule:
     """A GraphModule of the graph with boxed code; constants come from `attributes`."""
-    graph.set_codegen(BoxedCodeGen())
+    graph.set_codegen(BoxedCodeGen(_written_out))
     graph.lint()
     return fx.GraphModule(attributes, graph, class_name=name)
 
