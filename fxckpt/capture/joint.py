@@ -27,6 +27,7 @@ from torch.fx.experimental import proxy_tensor
 from fxckpt.capture.checks import checks_kept
 from fxckpt.capture.cleanup import clean
 from fxckpt.capture.constants import Constants
+from fxckpt.capture.draws import draws_refused
 from fxckpt.capture.failure import explain
 from fxckpt.capture.functional import FunctionalModel
 from fxckpt.capture.provenance import Provenance, of_nodes
@@ -103,6 +104,7 @@ def capture(
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
+        draws_refused(),
         contextlib.nullcontext() if annotates else Provenance(modules),
         constants,
         contextlib.ExitStack() as stack,

@@ -62,6 +62,7 @@ class Watch:
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
             tuple([bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks) for _, m in self.modules[1:]]),
             self.hooked_parameters(),
+            tuple([tuple([x for x in vars(m).values() if type(x) in _PLAIN]) for _, m in self.modules]),
             Ambient.now(),
         )
 
@@ -102,6 +103,8 @@ class Watch:
                     )
 
 
+_PLAIN = frozenset({bool, int, float, str})
+"""Of attributes of these types the values are looked at."""
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 

@@ -32,6 +32,7 @@ from fxckpt.rewrite.bridge import bridge
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
+from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import Traced, TracedGraph
 from fxckpt.upstream.hooks import has_accumulation_hooks
 
@@ -141,6 +142,8 @@ class Front:
     def _make(self, graph: TracedGraph) -> Callable[..., Any]:
         if self._model is not None:
             check_plannable(self._model)
+        if graph.checkpointed:
+            say_bypassed()
         paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
         self.draws |= any(source.startswith("random_value") for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, paths)
