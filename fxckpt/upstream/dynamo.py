@@ -116,21 +116,22 @@ class Traced:
         self._seen = seen
 
     def _graph(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        given = [node.meta.get("grapharg") for node in placeholders]
-        sources = ["" if g is None or g.source is None else g.source.name for g in given]
-        returned: Any = module.graph.output_node().args[0]
-        names = [getattr(node, "name", None) for node in returned]
-        loss = names.index(self._seen.loss) if self._seen.loss in names else None
-        return self._make(TracedGraph(module, examples, sources, loss, self._seen.checkpointed))
+        return self._make(traced_graph(module, examples, self._seen))
 
     def _note_failure(self, failure: Any) -> None:
         self.why_again = str(failure.reason)
 
 
-def is_traced_now() -> bool:
-    """Whether Dynamo is tracing the code that asks."""
-    return torch.compiler.is_dynamo_compiling()
+def traced_graph(module: fx.GraphModule, examples: Sequence[Any], seen: Seen | None = None) -> TracedGraph:
+    """A graph as Dynamo hands it to a backend, and what was `seen` while it was made."""
+    seen = seen or Seen()
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    given = [node.meta.get("grapharg") for node in placeholders]
+    sources = ["" if g is None or g.source is None else g.source.name for g in given]
+    returned: Any = module.graph.output_node().args[0]
+    names = [getattr(node, "name", None) for node in returned]
+    loss = names.index(seen.loss) if seen.loss in names else None
+    return TracedGraph(module, examples, sources, loss, seen.checkpointed)
 
 
 def _weakly(owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
