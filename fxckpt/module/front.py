@@ -33,7 +33,7 @@ from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
 from fxckpt.upstream.checkpointed import say_bypassed
-from fxckpt.upstream.dynamo import Traced, TracedGraph
+from fxckpt.upstream.dynamo import NOT_MEANWHILE, Traced, TracedGraph
 from fxckpt.upstream.hooks import has_accumulation_hooks
 
 _preparing: contextvars.ContextVar[bool] = contextvars.ContextVar("_preparing", default=False)
@@ -207,7 +207,7 @@ class PlannedGraph:
         )
 
     def _entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> _Entry | None:
-        with self._planning.lock:
+        with self._planning.lock, NOT_MEANWHILE:
             if key not in self._entries:
                 self._entries[key] = self._make_entry(key, inputs)
             return self._entries[key]
@@ -253,7 +253,7 @@ class PlannedGraph:
     def _backward_for(
         self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents
     ) -> Program:
-        with self._planning.lock:
+        with self._planning.lock, NOT_MEANWHILE:
             return self._other_backward(entry, ran, inputs, present)
 
     def _other_backward(

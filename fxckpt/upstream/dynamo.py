@@ -69,6 +69,9 @@ class TracedGraph:
     checkpointed: bool
 
 
+NOT_MEANWHILE = convert_frame.compile_lock
+"""Held while Dynamo converts a frame: whoever changes what tracing calls, for a while, holds it too."""
+
 Make = Callable[[TracedGraph], Callable[..., Any]]
 """Given a graph, what runs in its place."""
 
