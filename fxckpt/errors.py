@@ -17,6 +17,7 @@ __all__ = [
     "PlanMismatchError",
     "RuntimeContractError",
     "SolverError",
+    "UnguardedCaptureWarning",
     "VerificationError",
 ]
 
@@ -43,6 +44,10 @@ class OverBudgetWarning(UserWarning):
 
 class PlanBypassedWarning(UserWarning):
     """A call of an optimized module ran its plain forward, which keeps all activations."""
+
+
+class UnguardedCaptureWarning(UserWarning):
+    """TorchDynamo can't trace a model, so that little of the Python state that its forward reads is watched."""
 
 
 class InvalidScheduleError(FxckptError, ValueError):

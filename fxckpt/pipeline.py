@@ -58,7 +58,7 @@ def profile_step(
 
 
 def profile_of(
-    joint: JointGraph, options: Options, parameters: Iterable[nn.Parameter], *, gradients_allocated: bool
+    joint: JointGraph, options: Options, parameters: Iterable[torch.Tensor], *, gradients_allocated: bool
 ) -> Profile:
     """Attach bytes and times to a captured step; `parameters` are what an optimizer that is known by name steps."""
     costs = cost_model(

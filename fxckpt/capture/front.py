@@ -18,14 +18,21 @@ from torch import fx, nn
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.capture.provenance import annotate, is_users
 from fxckpt.capture.roles import Input, InputKind
+from fxckpt.errors import CaptureError
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph
 from fxckpt.upstream.hooks import buffers_of, parameters_of
+from fxckpt.upstream.tensors import is_wrapper
 
 _PART = re.compile(
     r"\._modules\['(?P<module>[^']+)'\]|\._parameters\['(?P<parameter>[^']+)'\]|\._buffers\['(?P<buffer>[^']+)'\]"
     r"|\.(?P<attribute>\w+)|\[(?P<item>[^]]+)\]"
 )
+_OTHER_MEMORY = frozenset({"set_", "set_data", "resize_", "swap_tensors"})
 _NOT_NAMED = ("__self__", "__closure__", "cell_contents", "forward", "__func__")
+
+
+class NewMemoryError(CaptureError):
+    """Forward puts other memory behind a tensor, which no capture would repeat."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +53,24 @@ class Lifted(nn.Module):
     """
 
     def __init__(self, graph: TracedGraph, paths: Mapping[str, str]) -> None:
-        """`paths` maps what Dynamo calls a module (its id, as text) to its path in the model."""
+        """`paths` maps what Dynamo calls a module (its id, as text) to its path in the model.
+
+        Raises:
+            CaptureError: an input is no plain tensor, or the graph puts other memory behind one.
+        """
         super().__init__()
+        for source, example in zip(graph.sources, graph.examples, strict=True):
+            _check(source, example)
         self._graph = [graph.module]  # not a submodule: it has no parameters of its own
         self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
         self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
         self.likely = _likely(graph)
         for node in graph.module.graph.nodes:
+            if node.op != "placeholder" and getattr(node.target, "__name__", node.target) in _OTHER_MEMORY:
+                raise NewMemoryError(
+                    f"{_place(node, paths)[1] or 'forward'} puts other memory behind a tensor (by `.data =`, `set_` or "
+                    "the like), which a plan can't. Write into the tensor instead: under torch.no_grad(), by copy_"
+                )
             annotate(node, _place(node, paths))
         for given, example in zip(self.given, graph.examples, strict=True):
             if given.kind is not InputKind.ARGUMENT:
@@ -81,6 +99,19 @@ class Lifted(nn.Module):
         """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
         arguments = [inputs[index] for index in self.arguments]
         return capture(self, arguments, forward=self.forward, tangents=tangents, likely=self.likely, annotates=True)
+
+
+def _check(source: str, example: Any) -> None:
+    what = "a number" if not isinstance(example, torch.Tensor) else None
+    if isinstance(example, torch.Tensor) and (example.is_nested or example.layout is not torch.strided):
+        what = f"a tensor of layout {str(example.layout).removeprefix('torch.')}"
+    if isinstance(example, torch.Tensor) and is_wrapper(example):
+        what = f"a {type(example).__name__}, a tensor made of others"
+    if what is not None:
+        raise CaptureError(
+            f"the graph takes {what} ({source or 'of a nested tensor'}), which can't be planned. Give plain tensors: "
+            "padded ones and a mask instead of nested ones"
+        )
 
 
 def _given(source: str, example: Any) -> Given:

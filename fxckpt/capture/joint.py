@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.autograd.graph import get_gradient_edge
 
 from fxckpt.capture.constants import Constants
+from fxckpt.capture.draws import draws_refused
 from fxckpt.capture.failure import explain
 from fxckpt.capture.functional import FunctionalModel
 from fxckpt.capture.passes import clean
@@ -97,6 +98,7 @@ def capture(
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
+        draws_refused(),
         tracing_confined(),
         contextlib.nullcontext() if annotates else Provenance(modules),
         constants,

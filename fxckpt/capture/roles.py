@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -48,12 +48,14 @@ class Output:
     """One tensor that forward computes, with its tangent if backward starts from it.
 
     `requires_grad` says whether backward could start from it; if so, `tangent_number` is its place among such outputs.
+    `leads_on` says that another output that requires grad is computed from it.
     """
 
     node: fx.Node
     tangent: fx.Node | None
     requires_grad: bool
     tangent_number: int | None
+    leads_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ def _outputs(
             place[number] = len(outputs)
             node = _node(produced, desc)
             outputs.append(Output(node, used.get(desc), info.requires_grad, numbers.get(desc)))
+    ends = {output.node for output in outputs if output.requires_grad}
+    outputs = [replace(output, leads_on=output.requires_grad and _leads_on(output.node, ends)) for output in outputs]
     results = []
     for number, info in enumerate(infos):
         kind = info.output_type
@@ -178,6 +182,26 @@ def _outputs(
         else:
             raise CaptureError(f"the model returns a tensor of a kind that fxckpt does not know: {kind}")
     return tuple(outputs), tuple(results)
+
+
+_SAME_VALUE = frozenset({torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default})
+
+
+def _leads_on(node: fx.Node, ends: set[fx.Node]) -> bool:
+    """Whether another output is computed from an output."""
+    source = node
+    while source.target in _SAME_VALUE:
+        (source,) = source.all_input_nodes
+    pending, seen = list(source.users), {node}
+    while pending:
+        user = pending.pop()
+        if user in seen or user.meta.get("partitioner_tag") == "is_backward":
+            continue
+        seen.add(user)
+        if user in ends:
+            return True
+        pending += user.users
+    return False
 
 
 def _node(produced: dict[Any, fx.Node | None], desc: Any) -> fx.Node:

@@ -71,6 +71,7 @@ class Watch:
             tuple([(b.dtype, b.shape, b.device) for o, n in self.buffers.values() if (b := o[n]) is not None]),
             which_have_hooks(self.modules[1:]),
             self.hooked_parameters(),
+            tuple([tuple([x for x in vars(m).values() if type(x) in _PLAIN]) for _, m in self.modules]),
             Ambient.now(),
         )
 
@@ -107,6 +108,10 @@ class Watch:
                         f"submodule {name!r} has a hook ({kind}), which an optimized module would not call "
                         "at every step: remove it, register it on the root module, or use a hook on a parameter"
                     )
+
+
+_PLAIN = frozenset({bool, int, float, str})
+"""Of attributes of these types the values are looked at."""
 
 
 def _is_captured(hook: Any) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxckpt.errors import PlanBypassedWarning
+from fxckpt.upstream import pytree
 
 _PLANNED = "_HeadBackward"
 """Name of the node by which a planned step's outputs hang on autograd's graph."""

@@ -133,6 +133,9 @@ class Entries:
     def __getitem__(self, key: Key) -> Entry | None:
         return self._entries[key]
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def __contains__(self, key: Key) -> bool:
         return key in self._entries
 

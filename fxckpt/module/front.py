@@ -1,8 +1,8 @@
 """A function's training step, planned behind Dynamo: it guards what was read, replays what was changed, traces anew.
 
 Each graph that Dynamo makes is captured, planned and run as one step. What Dynamo does not guard but a plan depends on
-is looked at here, at each call: which gradients are allocated, hooks that change parameters, which attention kernels may
-run.
+is looked at here, at each call: which gradients are allocated, hooks that change parameters, which attention kernels
+may run.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
-from fxckpt.upstream.dynamo import Traced, TracedGraph
-from fxckpt.upstream.hooks import has_accumulation_hooks
+from fxckpt.upstream.checkpointed import say_bypassed
+from fxckpt.upstream.dynamo import NOT_MEANWHILE, Traced, TracedGraph
+from fxckpt.upstream.hooks import with_accumulation_hooks
 
 _preparing: contextvars.ContextVar[bool] = contextvars.ContextVar("_preparing", default=False)
 _Key = tuple[Any, ...]
@@ -134,6 +135,8 @@ class Front:
     def _make(self, graph: TracedGraph) -> Callable[..., Any]:
         if self._model is not None:
             check_plannable(self._model)
+        if graph.checkpointed:
+            say_bypassed()
         paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
         self.draws |= any(source.startswith("random_value") for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, paths)
@@ -195,14 +198,14 @@ class PlannedGraph:
     def _key(self, inputs: Sequence[torch.Tensor]) -> _Key:
         parameters = [inputs[i] for i in self._parameters]
         return (
-            any([p.grad is not None for p in parameters]),
-            tuple([i for i, p in zip(self._parameters, parameters, strict=True) if has_accumulation_hooks(p)]),
+            any(p.grad is not None for p in parameters),
+            with_accumulation_hooks(zip(self._parameters, parameters, strict=True)),
             tuple([inputs[i].is_leaf for i in self._arguments]),
             Ambient.now(),
         )
 
     def _entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Entry | None:
-        with self._planning.lock:
+        with self._planning.lock, NOT_MEANWHILE:
             if key not in self._entries:
                 self._entries[key] = self._make_entry(key, inputs)
             return self._entries[key]
@@ -256,7 +259,7 @@ class PlannedGraph:
         self._planning.latest = entry.expected
 
     def _backward_for(self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Program:
-        with self._planning.lock:
+        with self._planning.lock, NOT_MEANWHILE:
             return self._other_backward(entry, ran, inputs, present)
 
     def _other_backward(

@@ -44,23 +44,38 @@ class Methods:
         if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return function(module, *args, **kwargs)
         remedy = f"method {name!r} was called, which is not planned (optimize(model, methods=({name!r},)) plans it)"
-        return self._watched(functools.partial(function, module), remedy, args, kwargs)
+        return _AsItIs(functools.partial(function, module), remedy, self._plain, self._bypasses).call(
+            None, args, kwargs
+        )
 
     def route(self, function: Callable[..., Any], failure: str) -> Route:
         """The way through a plan for calls of a function; `failure` says that there is none."""
 
-        def otherwise(error: Exception, args: Any, kwargs: Any) -> Any:
-            return self._watched(function, f"{failure}: {error}", args, kwargs)
-
+        otherwise = _AsItIs(function, failure, self._plain, self._bypasses)
         route = Route(function, self._plain, self._planning, self._bypasses, otherwise)
         self._fronts.append(weakref.ref(route.front))
         return route
 
-    def _watched(self, function: Callable[..., Any], reason: str, args: Any, kwargs: Any) -> Any:
+
+class _AsItIs:
+    """Runs a function without a plan of its own; what it calls may be planned."""
+
+    def __init__(self, function: Callable[..., Any], failure: str, model: nn.Module, bypasses: Bypasses) -> None:
+        self._function, self._failure, self._model, self._bypasses = function, failure, model, bypasses
+
+    def serves(self, args: Any, kwargs: Any) -> bool:  # noqa: ARG002
+        """Whether it did so before: Dynamo is asked anew each time."""
+        return False
+
+    def prepare(self, reason: Exception | None, args: Any, kwargs: Any) -> None:
+        """There is nothing to prepare."""
+
+    def call(self, reason: Exception | None, args: Any, kwargs: Any) -> Any:
+        """The function's result. It says so where a backward from there would run past all plans."""
         before = self._bypasses.count
-        result = function(*args, **kwargs)
-        if self._bypasses.count == before and reaches(result, self._plain.parameters()):
-            self._bypasses.say(reason, stacklevel=4)
+        result = self._function(*args, **kwargs)
+        if self._bypasses.count == before and reaches(result, self._model.parameters()):
+            self._bypasses.say(self._failure if reason is None else f"{self._failure}: {reason}", stacklevel=5)
         return result
 
 

@@ -15,6 +15,7 @@ from fxckpt.errors import CaptureError
 from fxckpt.options import Options
 from fxckpt.pipeline import profile_of, profile_step
 from fxckpt.profile.build import Profile
+from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import NotTraced, Traced, TracedGraph
 from fxckpt.upstream.meta import made_present
 
@@ -42,6 +43,8 @@ def profile_call(
     paths = {str(id(module)): name for name, module in model.named_modules()}
 
     def make(graph: TracedGraph) -> Callable[..., Any]:
+        if graph.checkpointed:
+            say_bypassed()
         lifted = Lifted(graph, paths)
 
         def profile(*inputs: torch.Tensor) -> Any:
@@ -56,9 +59,6 @@ def profile_call(
             Traced(model.forward, make)(*some_args, **some_kwargs)
     except _Profiled as end:
         return end.profile
-    except (NotTraced, CaptureError) as error:
-        import os
-
-        if os.environ.get("FXCKPT_WHY"):
-            print("FALLBACK", error)
+    except (NotTraced, CaptureError):
+        pass
     return profile_step(model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated)

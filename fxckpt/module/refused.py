@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 
-import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
 
 from fxckpt.errors import CaptureError
 
@@ -26,24 +24,6 @@ def check_plannable(model: nn.Module) -> None:
                 f"call, where a plan would leave it out. Optimize first and wrap then: {wrapper}(fxckpt.optimize(model, "
                 "...)), with the model itself inside"
             )
-
-
-def check_initialized(model: nn.Module) -> None:
-    """Refuse parameters that have no shape yet.
-
-    Raises:
-        CaptureError: the model has some.
-    """
-    lazy = [name for name, x in (*model.named_parameters(), *model.named_buffers()) if _is_lazy(x)]
-    if lazy:
-        raise CaptureError(
-            f"{lazy[0]} has no shape yet, since its layer is lazy. Call the plain model once, without gradients, then "
-            "optimize it"
-        )
-
-
-def _is_lazy(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, UninitializedTensorMixin)
 
 
 def _wrapper(module: nn.Module) -> str | None:

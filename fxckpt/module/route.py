@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,8 +16,18 @@ from fxckpt.upstream.dynamo import NotTraced
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.tracers import tracer_at_work
 
-Otherwise = Callable[[Exception, Sequence[Any], dict[str, Any]], Any]
-"""What answers a call that Dynamo or the joint capture can't serve, given the reason."""
+
+class Otherwise(Protocol):
+    """What serves calls that Dynamo or the joint capture of its graph can't serve."""
+
+    def serves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether such a call was served here before."""
+
+    def call(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The function's result; `reason` is why it is asked for here."""
+
+    def prepare(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> object:
+        """Plan for these arguments."""
 
 
 class Route:
@@ -30,14 +40,14 @@ class Route:
     def __init__(
         self,
         function: Callable[..., Any],
-        model: nn.Module | None,
+        model: nn.Module,
         planning: Planning,
         bypasses: Bypasses,
         otherwise: Otherwise,
     ) -> None:
         self.function = function
         self.front = Front(function, model, planning)
-        self._bypasses, self._otherwise = bypasses, otherwise
+        self._planning, self._bypasses, self._otherwise = planning, bypasses, otherwise
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """`call`, as functions are called."""
@@ -56,25 +66,48 @@ class Route:
             if wants_gradients(result):
                 self._bypasses.say(f"the module was called under {tracer}", stacklevel=3)
             return result
-        runs = self.front.planning.runs
+        return self._planned(args, kwargs)
+
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Plan for these arguments. Nothing is computed."""
+        try:
+            self.front.prepare(args, kwargs)
+            return
+        except NothingToPlan:
+            return
+        except (NotTraced, CaptureError) as error:
+            reason = error
+        self._otherwise.prepare(reason, args, kwargs)
+
+    def _planned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        runs = self._planning.runs
         drawn = random.getstate() if self.front.draws else None
         try:
+            if self._otherwise.serves(args, kwargs):
+                return self._otherwise.call(None, args, kwargs)
             result = self.front.call(args, kwargs)
         except NothingToPlan:
             _put_back(drawn)
             return self.function(*args, **kwargs)
         except UnexpectedValue:
-            _put_back(drawn)
-            result = self.function(*args, **kwargs)
-            self._bypasses.say(
-                "the model's forward found something wrong with values, but raised no error", stacklevel=3
-            )
-            return result
+            return self._plainly(drawn, args, kwargs)
         except (NotTraced, CaptureError) as error:
-            _put_back(drawn)
-            return self._otherwise(error, args, kwargs)
-        if self.front.planning.runs == runs and wants_gradients(result):
-            self._bypasses.say("TorchDynamo made no graph of the call (is it turned off?)", stacklevel=3)
+            reason = error
+        else:
+            if self._planning.runs == runs and wants_gradients(result):
+                self._bypasses.say("TorchDynamo made no graph of the call (is it turned off?)", stacklevel=4)
+            return result
+        _put_back(drawn)
+        try:
+            return self._otherwise.call(reason, args, kwargs)
+        except UnexpectedValue:
+            return self._plainly(drawn, args, kwargs)
+
+    def _plainly(self, drawn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the function does where one of its checks of values fails: it raises its own error, if any."""
+        _put_back(drawn)
+        result = self.function(*args, **kwargs)
+        self._bypasses.say("the model's forward found something wrong with values, but raised no error", stacklevel=5)
         return result
 
 

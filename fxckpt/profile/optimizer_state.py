@@ -11,7 +11,7 @@ from fxckpt.errors import BudgetError
 from fxckpt.upstream.pytree import tensors_in
 
 
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.nn.Parameter] = ()) -> int:
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.Tensor] = ()) -> int:
     """Bytes of the tensors that an optimizer keeps between steps [B].
 
     An optimizer that has not stepped yet is copied onto the meta device, where a step costs nothing, and the copy's

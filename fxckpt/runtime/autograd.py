@@ -132,6 +132,7 @@ class _Step:
         self._saved: list[torch.Tensor] | None = None
         self._given_versions: list[int] = []
         self._watched: list[tuple[weakref.ref[torch.Tensor], int]] = []
+        self._leading_on: list[weakref.ref[torch.Tensor]] = []
         self._running: Iterator[list[torch.Tensor | None]] | None = None
 
     def forward(self) -> tuple[torch.Tensor, ...]:
@@ -150,7 +151,9 @@ class _Step:
         return _sharing_memory(values[first:last], [role.requires_grad for role in roles.outputs])
 
     def watch(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Remember the versions of the outputs that backward reads."""
+        """Remember the versions of the outputs that backward reads, and which are computed from others."""
+        roles = self._program.roles.outputs
+        self._leading_on = [weakref.ref(o) for o, role in zip(outputs, roles, strict=True) if role.leads_on]
         read = (outputs[i] for i in self._program.emitted.read_outputs)
         self._watched = [(weakref.ref(output), version_of(output)) for output in read]
 
@@ -193,6 +196,14 @@ class _Step:
                 f"{changed.kind.value} {name} was changed in place between forward and backward, which needs its old "
                 "value"
             )
+        for leading in self._leading_on:
+            output = leading()
+            if output is not None and (gradient_hooks_of(output) or output.retains_grad):
+                raise RuntimeContractError(
+                    "an output that another output is computed from has a hook, or retains its gradient, but only the "
+                    "part of its gradient that does not come from the other would arrive there. Compute the other output "
+                    "outside of the model, register the hook inside of it, or use fxckpt.plain(model) for this step"
+                )
         for reference, version in self._watched:
             output = reference()
             if output is not None and version_of(output) != version:

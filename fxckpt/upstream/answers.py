@@ -13,6 +13,7 @@ Dynamo's tables are changed while one frame is converted, under Dynamo's own loc
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import os
 import random
@@ -22,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch._dynamo import exc
+from torch._dynamo import exc, polyfills
 from torch._dynamo import symbolic_convert as convert
 from torch._dynamo.source import RandomValueSource
 from torch._dynamo.variables import ConstantVariable, TensorVariable, UserFunctionVariable, builder, misc, user_defined
@@ -44,6 +45,14 @@ _WARNS = ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
 _TRACING = ("transformers.utils.import_utils", "is_tracing")
 """How transformers' models ask whether they are traced."""
+
+
+_PASSED = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
+"""Instructions that may stand between a question and the branch that it decides."""
+_OF_SEVERAL = {polyfills.builtins.any.__code__: True, polyfills.builtins.all.__code__: False}
+"""Functions that go through several questions, and the answer at which they stop."""
+_CHECKING = frozenset({torch.nn.functional.gaussian_nll_loss})
+"""Functions of torch in which values are checked, in Python."""
 
 
 class Draws(exc.Unsupported):
@@ -80,6 +89,7 @@ def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
                     table[opcode] = _noting_loss(handler, code, seen)
             enter(mock.patch.object(kind, "dispatch_table", table))
         enter(right_views())
+        enter(mock.patch.object(TensorVariable, "bool_impl", _truth(TensorVariable.bool_impl)))
         enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
         enter(mock.patch.object(TensorVariable, "unpack_var_sequence", _unbound(TensorVariable.unpack_var_sequence)))
         enter(_calls(seen, compiled))
@@ -91,8 +101,6 @@ def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
 
 def opcode_name(opcode: int) -> str:
     """Name of an instruction."""
-    import dis
-
     return dis.opname[opcode]
 
 
@@ -123,6 +131,9 @@ def _answered(original: Handler) -> Handler:
                     tx.output.create_proxy("call_function", EXPECT, (top.as_proxy(), known), {})
             if known is not None:
                 tx.stack[-1] = ConstantVariable.create(bool(known))
+            elif instruction.opname == "UNARY_NOT" and _decides_branch(tx):
+                tx.stack[-1] = top.call_method(tx, "logical_not", [], {})
+                return
         original(tx, instruction)
 
     return at_branch
@@ -142,6 +153,17 @@ def _source(node: Any) -> Any:
 
 def _way_without_error(tx: Any, instruction: Any) -> bool | None:
     """Which value at a branch does not end in `raise` where the other does."""
+    if tx.f_code in _OF_SEVERAL and tx.parent is not None:  # `any` and `all` answer for the branch of their caller
+        shortcut = _OF_SEVERAL[tx.f_code]
+        following = (each for each in tx.parent.instructions[tx.parent.instruction_pointer :])
+        branch = next((each for each in following if each.opname != "EXTENDED_ARG"), None)
+        if (
+            branch is None
+            or not _branches(branch.opname)
+            or _way_without_error(tx.parent, branch) is not (not shortcut)
+        ):
+            return None
+        return not shortcut
     code = tx.instructions
     place = {id(each): number for number, each in enumerate(code)}
     at = place[id(instruction)]
@@ -165,18 +187,38 @@ def _raises(code: list[Any], place: dict[int, int], start: int) -> bool:
             return False
         if name in ("RAISE_VARARGS", "RERAISE"):
             raises = True
-        elif instruction.target is not None and "JUMP" in name:
+        elif instruction.target is not None:
             pending.append(place[id(instruction.target)])
-            if "_IF_" in name:
+            if "JUMP" not in name or "_IF_" in name:
                 pending.append(at + 1)
         else:
             pending.append(at + 1)
     return raises
 
 
+def _decides_branch(tx: Any) -> bool:
+    """Whether what the present instruction leaves only decides a branch."""
+    following = tx.instructions[tx.instruction_pointer :]
+    return _branches(next((each.opname for each in following if each.opname not in _PASSED), ""))
+
+
+def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`bool` of a tensor."""
+
+    def bool_impl(self: Any, tx: Any) -> Any:
+        known = answer(tx, self)
+        if known is not None:
+            return ConstantVariable.create(bool(known))
+        return self if _decides_branch(tx) else original(self, tx)
+
+    return bool_impl
+
+
 def _item(original: Callable[..., Any]) -> Callable[..., Any]:
     def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
         known = answer(tx, self)
+        if known is None and self.dtype is torch.bool and _decides_branch(tx):
+            return self
         return original(self, tx, *args, **kwargs) if known is None else ConstantVariable.create(known)
 
     return item
@@ -212,6 +254,8 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
     def call_torch(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if self.value is torch.nn.modules.activation._is_make_fx_tracing:
             return ConstantVariable.create(False)
+        if self.value in _CHECKING:
+            return UserFunctionVariable(self.value).call_function(tx, args, kwargs)
         if not compiled and self.value in _QUESTIONS and not _is_told(tx.f_code):
             seen.asked_if_compiled = True
             return ConstantVariable.create(False)

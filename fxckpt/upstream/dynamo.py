@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import fx
 from torch._dynamo import config, convert_frame, eval_frame, exc
 from torch.utils._python_dispatch import _disable_current_modes
 
+from fxckpt.errors import FxckptError
 from fxckpt.upstream.answers import Seen, answers
 
 _SETTINGS: dict[str, Any] = {
@@ -39,12 +41,12 @@ class NotTraced(Exception):  # noqa: N818 - caught, and answered by another way 
     """Dynamo can't make one graph of a function.
 
     Attributes:
-        reason: what it says about that, in a sentence or two.
+        reason: what it says about that, in some words.
         line: "file:line (code)" of the user's code, "" if it is unknown.
     """
 
     def __init__(self, reason: str, line: str) -> None:
-        super().__init__(f"{line}: {reason}" if line else reason)
+        super().__init__(f"{line} {reason}" if line else reason)
         self.reason, self.line = reason, line
 
 
@@ -66,6 +68,9 @@ class TracedGraph:
     loss: int | None
     checkpointed: bool
 
+
+NOT_MEANWHILE = convert_frame.compile_lock
+"""Held while Dynamo converts a frame: whoever changes what tracing calls, for a while, holds it too."""
 
 Make = Callable[[TracedGraph], Callable[..., Any]]
 """Given a graph, what runs in its place."""
@@ -101,6 +106,9 @@ class Traced:
         Raises:
             NotTraced: the function can't be traced.
         """
+        if eval_frame._stance.stance != "default":  # it is about functions that users compiled
+            with torch.compiler.set_stance("default"):
+                return self._call(*args, **kwargs)
         return self._call(*args, **kwargs)
 
     def forget(self) -> None:
@@ -111,21 +119,22 @@ class Traced:
         self._seen = seen
 
     def _graph(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
-        placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-        given = [node.meta.get("grapharg") for node in placeholders]
-        sources = ["" if g is None or g.source is None else g.source.name for g in given]
-        returned: Any = module.graph.output_node().args[0]
-        names = [getattr(node, "name", None) for node in returned]
-        loss = names.index(self._seen.loss) if self._seen.loss in names else None
-        return self._make(TracedGraph(module, examples, sources, loss, self._seen.checkpointed))
+        return self._make(traced_graph(module, examples, self._seen))
 
     def _note_failure(self, failure: Any) -> None:
         self.why_again = str(failure.reason)
 
 
-def is_traced_now() -> bool:
-    """Whether Dynamo is tracing the code that asks."""
-    return torch.compiler.is_dynamo_compiling()
+def traced_graph(module: fx.GraphModule, examples: Sequence[Any], seen: Seen | None = None) -> TracedGraph:
+    """A graph as Dynamo hands it to a backend, and what was `seen` while it was made."""
+    seen = seen or Seen()
+    placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
+    given = [node.meta.get("grapharg") for node in placeholders]
+    sources = ["" if g is None or g.source is None else g.source.name for g in given]
+    returned: Any = module.graph.output_node().args[0]
+    names = [getattr(node, "name", None) for node in returned]
+    loss = names.index(seen.loss) if seen.loss in names else None
+    return TracedGraph(module, examples, sources, loss, seen.checkpointed)
 
 
 def _weakly(owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -164,7 +173,13 @@ class _Callback:
         self._torchdynamo_orig_backend = convert._torchdynamo_orig_backend
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
-        with convert_frame.compile_lock, config.patch(_SETTINGS), _disable_current_modes():
+        with (
+            convert_frame.compile_lock,
+            config.patch(_SETTINGS),
+            _disable_current_modes(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")  # what the model has to say it says when it runs
             try:
                 return self._attempt(False, frame, cache_entry, frame_state)
             except _Again:
@@ -176,6 +191,9 @@ class _Callback:
             try:
                 return self._convert(frame, cache_entry, frame_state)
             except exc.TorchDynamoException as error:
+                inner = getattr(error, "inner_exception", None)
+                if isinstance(inner, FxckptError):
+                    raise inner from None
                 if seen.asked_if_compiled and not compiled:
                     raise _Again from error
                 raise NotTraced(_reason(error), _line(error)) from error
@@ -189,7 +207,10 @@ class _Again(Exception):  # noqa: N818 - no error
 
 
 def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split("\n\n")[0].split())
+    text = str(error).split("\n\n")[0]
+    what, _, explanation = text.partition("\n  Explanation: ")
+    explanation = explanation.split("\n  Hint: ")[0]
+    return " ".join(f"{what} ({explanation.rstrip('. ')})".split() if explanation else what.split())
 
 
 def _line(error: BaseException) -> str:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _CALL = nn.Module._call_impl.__name__
+
+
+Key = TypeVar("Key", str, int)
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
@@ -48,8 +51,8 @@ def gradient_hooks_of(tensor: torch.Tensor) -> dict[int, Any] | None:
     return tensor._backward_hooks
 
 
-def with_accumulation_hooks(parameters: Iterable[tuple[str, torch.Tensor | None]]) -> frozenset[str]:
-    """Names of the parameters for which something is called when their gradient is there, and may change them then."""
+def with_accumulation_hooks(parameters: Iterable[tuple[Key, torch.Tensor | None]]) -> frozenset[Key]:
+    """Names, or numbers, of the parameters for which something is called when their gradient is there, and may change them then."""
     return frozenset([name for name, p in parameters if p is not None and p._post_accumulate_grad_hooks])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def storage_key(value: Any) -> int | None:
@@ -42,3 +43,8 @@ def _flagged_as(tensor: torch.Tensor, twin: torch.Tensor) -> torch.Tensor:
     """The twin, lazily conjugated or negated if the tensor is."""
     twin = twin.conj() if tensor.is_conj() else twin
     return torch._neg_view(twin) if tensor.is_neg() else twin
+
+
+def is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is made of other tensors, as distributed, nested and quantized ones are."""
+    return is_traceable_wrapper_subclass(tensor)

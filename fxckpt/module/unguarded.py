@@ -1,0 +1,207 @@
+"""Models that Dynamo can't trace: their forward is called once while autograd and all its ops are traced.
+
+Nothing watches what such a forward reads from Python, so what can be had is looked at at each call: forms of inputs and
+parameters, modes, flags, hooks, and the numbers, flags and texts that are attributes of modules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxckpt.capture.front import NewMemoryError
+from fxckpt.capture.structure import Structure, put_together, take_apart
+from fxckpt.core.plans import Plan
+from fxckpt.errors import CaptureError, FxckptError, RuntimeContractError, UnguardedCaptureWarning
+from fxckpt.module.bypass import Bypasses
+from fxckpt.module.entries import Entries, Entry, Key
+from fxckpt.module.front import Planning
+from fxckpt.module.ledger import ledger
+from fxckpt.options import Options
+from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
+from fxckpt.profile.build import Profile
+from fxckpt.runtime.autograd import Program, Tangents, run_forward
+from fxckpt.steps.equivalence import check_same_step
+from fxckpt.upstream import pytree
+from fxckpt.upstream.dynamo import NotTraced
+
+
+class Unguarded:
+    """Plans and runs the steps of a model that Dynamo can't trace, one plan for each input signature."""
+
+    def __init__(self, plain: nn.Module, planning: Planning, bypasses: Bypasses) -> None:
+        self._plain, self._planning, self._bypasses = plain, planning, bypasses
+        self._entries = Entries(plain)
+        self._lock = threading.Lock()
+
+    def serves(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether such a call was planned here before."""
+        if not self._entries or self._entries.watch.changed():
+            return False
+        return self._entries.key(*take_apart((tuple(args), kwargs))) in self._entries
+
+    def call(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The model's forward, planned; `reason` is why it is planned here, if it wasn't before."""
+        entry = self.prepare(reason, args, kwargs)
+        if entry is None:
+            return self._plain.forward(*args, **kwargs)
+        self._planning.runs += 1
+        compiled, seat = ledger().take(entry)
+        tensors, _ = take_apart((tuple(args), kwargs))
+        given = self._entries.watch.given(compiled.profile.joint.roles.inputs, tensors)
+        other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
+        try:
+            results = run_forward(compiled.program, given, other_backward, seat.leave)
+        except BaseException:
+            seat.leave()
+            raise
+        return put_together(compiled.profile.joint.outputs, iter(results))
+
+    def prepare(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Entry | None:
+        """Capture and plan for these arguments; None where there is nothing to differentiate."""
+        if isinstance(reason, NewMemoryError):
+            raise reason
+        planned = len(self._entries)
+        try:
+            tensors, structure = take_apart((tuple(args), kwargs))
+            entry = self._entry(tensors, structure, args, kwargs)
+        except Exception as error:
+            if isinstance(error, FxckptError) and not isinstance(error, CaptureError):
+                raise
+            what = str(error) if isinstance(error, CaptureError) else "the model can't be captured as one graph"
+            if _has_generator((args, kwargs, [list(vars(m).values()) for m in self._plain.modules()])):
+                what = (
+                    "the model can't be captured as one graph: it draws from a torch.Generator, which a graph can't hold. "
+                    "Draw outside of the model and pass what is drawn, or use torch's default generator"
+                )
+            raise CaptureError(f"{what}. TorchDynamo says: {reason}") from error
+        if entry is not None and len(self._entries) > planned:
+            _say_unguarded(reason)
+        return entry
+
+    def compiled(self) -> list[Compiled]:
+        """What was planned so far, a plan for each input signature."""
+        return [entry.expected for entry in self._entries]
+
+    def _entry(
+        self, tensors: list[torch.Tensor], structure: Structure, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Entry | None:
+        self._entries.refresh()
+        with contextlib.suppress(KeyError):
+            return self._entries[self._entries.key(tensors, structure)]
+        with self._lock:
+            key = self._entries.key(tensors, structure)
+            if key not in self._entries:
+                self._entries.add(key, self._make_entry(key, tensors, args, kwargs), tensors)
+            return self._entries[self._entries.key(tensors, structure)]
+
+    def _make_entry(
+        self, key: Key, tensors: list[torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Entry | None:
+        """Capture and plan; None where there is nothing to differentiate."""
+        self._entries.watch.check()
+        if not any(t.requires_grad for t in (*tensors, *self._plain.parameters())):
+            return None
+        signature, allocated = key
+        twin = self._entries.twin(key)
+        if twin is not None:
+            profile = twin.expected.profile
+            profile = replace(profile, graph=profile.graph.with_gradients(allocated))
+        else:
+            profile = profile_step(
+                self._plain,
+                args,
+                kwargs,
+                self._planning.options,
+                forward=self._plain.forward,
+                gradients_allocated=allocated,
+            )
+        if all(output.tangent is None for output in profile.joint.roles.outputs):
+            return None
+        compiled = self._compile(profile, self._planning.options)
+        entry = Entry(self._planning, self._planning.options, self._runnable, signature, allocated, compiled)
+        entry.kin = entry.kin if twin is None else twin.kin
+        if self._planning.options.verify:
+            self._verify(entry, args, kwargs)
+        return entry
+
+    def _verify(self, entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Compare a step with the plain model's; what is planned meanwhile for other outputs is forgotten."""
+        trial = replace(entry, captured=dict(entry.captured), bridges={})
+        other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
+        tensors, structure = take_apart((tuple(args), kwargs))
+        check_same_step(self._plain, entry.expected, structure, tensors, other_backward)
+        self._planning.latest = entry.expected
+
+    def _compile(self, profile: Profile, options: Options) -> Compiled:
+        return self._runnable(profile, make_plan(profile, options, [compiled.plan for compiled in self.compiled()]))
+
+    def _runnable(self, profile: Profile, plan: Plan) -> Compiled:
+        hooked = self._entries.watch.hooked_parameters()
+        inputs = enumerate(profile.joint.roles.inputs)
+        waiting = frozenset(n for n, i in inputs if i.gradient is not None and i.path in hooked)
+        program = make_program(profile, plan.timeline, waiting)
+        annotate(profile, plan)
+        self._planning.latest = Compiled(profile, plan, program)
+        return self._planning.latest
+
+    def _backward_for(
+        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+    ) -> Program:
+        """A backward from other outputs than the forward that ran was planned for."""
+        with self._lock:
+            return self._other_backward(entry, ran, args, kwargs, present)
+
+    def _other_backward(
+        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+    ) -> Program:
+        return entry.continued(ran, present, functools.partial(self._recapture, entry, ran, args, kwargs, present))
+
+    def _recapture(
+        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+    ) -> Compiled:
+        """Capture and plan the step with backward starting from the tangents `present`."""
+        options = self._planning.options
+        if options.plan is not None:  # it was made for the other outputs
+            options = replace(options, plan=None, budget=options.plan.budget_bytes)
+        outputs = ran.profile.joint.roles.outputs
+        numbered = {outputs[index].tangent_number: stride for index, stride in present}
+        with entry.ambient.restored(), torch.enable_grad():
+            if not self._entries.serves(entry, *take_apart((tuple(args), kwargs))):
+                raise RuntimeContractError(
+                    "backward started from other outputs than expected, and the model was changed since forward (its "
+                    "mode, what requires grad, hooks, types). Run forward again, or change the model after backward"
+                )
+            profile = profile_step(
+                self._plain,
+                args,
+                kwargs,
+                options,
+                forward=self._plain.forward,
+                gradients_allocated=entry.gradients_allocated,
+                tangents={number: stride for number, stride in numbered.items() if number is not None},
+            )
+        return self._compile(profile, options)
+
+
+def _has_generator(value: Any) -> bool:
+    return any(isinstance(x, torch.Generator) for x in pytree.tree_leaves(value))
+
+
+def _say_unguarded(reason: Exception | None) -> None:
+    if isinstance(reason, NotTraced):
+        warnings.warn(
+            "TorchDynamo can't trace the model, so it was captured by calling its forward once. Beside tensors, modes "
+            "and the numbers, flags and texts that are attributes of modules, what forward reads from Python stays as it "
+            f"is now, whatever changes. TorchDynamo says: {reason}",
+            UnguardedCaptureWarning,
+            stacklevel=5,
+        )
