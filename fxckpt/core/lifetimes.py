@@ -20,6 +20,7 @@ class Lifetime:
     """One copy of a storage: live from step `born` to step `dies`, both included.
 
     `born` is -1 for nothing here: what is there before the step is not a lifetime (see `Graph.static_bytes`).
+    `recomputed` are copies that a repeat of a plain op writes.
     """
 
     storage: int
@@ -70,7 +71,7 @@ def lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
     current: dict[int, int] = {}  # storage -> its most recent copy
     first: dict[int, int] = {}  # storage -> its first copy, the one that is handed out
     executed: set[int] = set()
-    flying = is_asynchronous(graph, schedule)
+    plain_count, flying = graph.plain_count, is_asynchronous(graph, schedule)
     flights, leaving = _Flights(dies), departures(graph, schedule) if flying else {}
 
     def write(storage: int, step: int, again: bool) -> None:
@@ -98,6 +99,7 @@ def lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
                 dies[current[storage]] = step
             else:
                 write(storage, step, again=False)
+        again = again and index < plain_count
         for storage in op.writes:
             write(storage, step, again)
         if flying:

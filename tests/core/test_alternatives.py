@@ -157,6 +157,10 @@ def test_what_comes_back_another_way_is_said_to() -> None:
     decided = decisions(plan.timeline, plan.baseline_timeline)
     assert [decided[s].action for s in (5, 6, 7, 8)] == ["restore", "keep", "keep", "keep"]
     assert decided[A0].reason == "brought back by fetch_a0"
+    twice = Plan(offload(), Schedule((0, 1, 8, 2, 9, 3, 10, 4, 10, 5, 6, 7), 6), "hand", "hand", 130)
+    again = decisions(twice.timeline, twice.baseline_timeline)
+    assert (again[A0].action, again[6].action) == ("restore", "keep")
+    assert not any(life.recomputed for life in twice.timeline.lifetimes)
     assert (decided[A0].repeat_us, decided[A0].freed_bytes, decided[A0].runs) == (3.0, 10, 1)
     text = plan_text(plan, all=True)
     assert "restore" in text

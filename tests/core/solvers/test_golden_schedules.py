@@ -20,7 +20,7 @@ from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers import SOLVERS
 
 GRAPHS = Path(__file__).parents[3] / "benchmarks" / "graphs"
-QUICK = ("bottleneck1", "gpt1", "mlp32", "towers8", "unet1", "vit6")
+QUICK = ("bottleneck1", "gpt1", "towers8", "unet1", "vit6")
 FRACTIONS = (0.8, 0.5, 0.25)
 SEARCHING = ("auto", "dp", "uniform", "sqrt", "treeverse")
 FIXED = ("save_all", "selective", "min_memory")
