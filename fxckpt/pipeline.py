@@ -12,7 +12,7 @@ from torch import nn
 
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.core.decisions import decisions
-from fxckpt.core.graph import Graph
+from fxckpt.core.graph import Graph, Storage
 from fxckpt.core.plans import Plan
 from fxckpt.core.schedule import Schedule, plain
 from fxckpt.core.simulate import simulate
@@ -56,9 +56,14 @@ def profile_step(
     return profile_of(joint, options, gradients_allocated=gradients_allocated)
 
 
-def profile_of(joint: JointGraph, options: Options, *, gradients_allocated: bool) -> Profile:
-    """Attach bytes and times to a captured step."""
+def profile_of(
+    joint: JointGraph, options: Options, *, gradients_allocated: bool, unused_bytes: int = 0
+) -> Profile:
+    """Attach bytes and times to a captured step; `unused_bytes` are those of parameters that it does not read."""
     profile = build(joint, cost_model(options, joint))
+    if unused_bytes:
+        unused = Storage("unused parameters and buffers", unused_bytes, "parameter")
+        profile = replace(profile, graph=replace(profile.graph, storages=(*profile.graph.storages, unused)))
     graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=options.reserve_bytes)
     return replace(profile, graph=graph)
 

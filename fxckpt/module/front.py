@@ -144,9 +144,8 @@ class Front:
             check_plannable(self._model)
         if graph.checkpointed:
             say_bypassed()
-        paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
         self.draws |= any(source.startswith("random_value") for source in graph.sources)
-        planned = PlannedGraph(self.planning, graph, paths)
+        planned = PlannedGraph(self.planning, graph, self._model)
         self._graphs.append(planned)
         return planned.run_weakly()
 
@@ -154,9 +153,9 @@ class Front:
 class PlannedGraph:
     """One graph of Dynamo's, with its plans for each state of what Dynamo does not guard."""
 
-    def __init__(self, planning: Planning, graph: TracedGraph, paths: dict[str, str]) -> None:
+    def __init__(self, planning: Planning, graph: TracedGraph, model: nn.Module | None) -> None:
         self._planning = planning
-        self._lifted = Lifted(graph, paths)
+        self._lifted = Lifted(graph, model)
         given = self._lifted.given
         self._parameters = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
         self._arguments = self._lifted.arguments
@@ -234,7 +233,9 @@ class PlannedGraph:
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
-        return profile_of(joint, self._planning.options, gradients_allocated=key[0])
+        return profile_of(
+            joint, self._planning.options, gradients_allocated=key[0], unused_bytes=self._lifted.unused_bytes
+        )
 
     def _compile(self, profile: Profile, key: _Key) -> Compiled:
         order = self._lifted.order(profile.joint.roles.inputs)
