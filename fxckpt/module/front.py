@@ -73,9 +73,24 @@ class Planning:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.runs = 0
+        self._call = threading.local()
         self.latest: Compiled | None = None
         self.plans: list[Plan] = []
         self.lock = threading.RLock()
+
+    def begin_call(self) -> None:
+        """A call begins: no graph of it has run yet."""
+        self._call.held_bytes = 0
+
+    def note_run(self, compiled: Compiled) -> None:
+        """A graph of the present call runs, and what it saves stays until its backward."""
+        self.runs += 1
+        self._call.held_bytes = self.held_bytes + compiled.plan.predicted.saved_bytes
+
+    @property
+    def held_bytes(self) -> int:
+        """What the graphs that ran before in the present call keep for their backward [B]."""
+        return getattr(self._call, "held_bytes", 0)
 
     def compile(self, profile: Profile, hooked: frozenset[int]) -> Compiled:
         """A runnable plan of a profiled step; `hooked` are the inputs that hooks may change during backward."""
@@ -108,7 +123,7 @@ class Front:
             assert owner is not None
             return owner._make(graph)
 
-        self._traced = Traced(function, make)
+        self._traced = Traced(function, make, one_graph=not planning.options.graph_breaks)
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result, planned.
@@ -118,6 +133,7 @@ class Front:
             NothingToPlan: it computes nothing that can be differentiated.
             CaptureError: its graph can't be captured.
         """
+        self.planning.begin_call()
         return self._traced(*args, **kwargs)
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -126,6 +142,9 @@ class Front:
         Raises:
             NotTraced, CaptureError: as for `call`.
         """
+        if self.planning.options.graph_breaks:  # what the second graph is given the first one would have to compute
+            return
+        self.planning.begin_call()
         token, drawn = _preparing.set(True), random.getstate()
         try:
             self._traced(*args, **kwargs)
@@ -189,9 +208,11 @@ class PlannedGraph:
         if _preparing.get():
             raise _Planned
         if entry is None:
+            if self._planning.options.graph_breaks:
+                return self._lifted.run(inputs)
             raise NothingToPlan
         compiled = entry.expected
-        self._planning.runs += 1
+        self._planning.note_run(compiled)
         given = [inputs[i] for i in self._orders[id(compiled)]]
         results = run_forward(compiled.program, given, functools.partial(self._backward_for, entry, compiled, inputs))
         return put_together(compiled.profile.joint.outputs, iter(results))
@@ -233,9 +254,9 @@ class PlannedGraph:
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
-        return profile_of(
-            joint, self._planning.options, gradients_allocated=key[0], unused_bytes=self._lifted.unused_bytes
-        )
+        options = self._planning.options
+        options = replace(options, reserve_bytes=options.reserve_bytes + self._planning.held_bytes)
+        return profile_of(joint, options, gradients_allocated=key[0], unused_bytes=self._lifted.unused_bytes)
 
     def _compile(self, profile: Profile, key: _Key) -> Compiled:
         order = self._lifted.order(profile.joint.roles.inputs)
