@@ -12,7 +12,7 @@ from torch import nn
 
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.core.decisions import decisions
-from fxckpt.core.graph import Graph
+from fxckpt.core.graph import Graph, Storage
 from fxckpt.core.plans import Plan
 from fxckpt.core.schedule import plain
 from fxckpt.core.simulate import Timeline, simulate
@@ -58,9 +58,22 @@ def profile_step(
 
 
 def profile_of(
-    joint: JointGraph, options: Options, parameters: Iterable[torch.Tensor], *, gradients_allocated: bool
+    joint: JointGraph,
+    options: Options,
+    parameters: Iterable[torch.Tensor],
+    *,
+    gradients_allocated: bool,
+    unused_bytes: int = 0,
 ) -> Profile:
-    """Attach bytes and times to a captured step; `parameters` are what an optimizer that is known by name steps."""
+    """Attach bytes and times to a captured step.
+
+    Args:
+        joint: the captured step.
+        options: what was asked for.
+        parameters: what an optimizer that is known by name steps.
+        gradients_allocated: whether there are gradients to add to.
+        unused_bytes: those of parameters and buffers that it does not read [B].
+    """
     costs = cost_model(
         joint,
         options.cost_model,
@@ -69,6 +82,9 @@ def profile_of(
         run_ops=options.run_ops,
     )
     profile = build(joint, costs)
+    if unused_bytes:
+        unused = Storage("unused parameters and buffers", unused_bytes, "parameter")
+        profile = replace(profile, graph=replace(profile.graph, storages=(*profile.graph.storages, unused)))
     reserved_bytes = options.reserve_bytes
     if options.optimizer is not None:
         reserved_bytes += optimizer_state_bytes(options.optimizer, parameters)

@@ -19,9 +19,9 @@ from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.capture.provenance import annotate, is_users
 from fxckpt.capture.roles import Input, InputKind
 from fxckpt.errors import CaptureError
-from fxckpt.upstream.dynamo import FUNCTION, TracedGraph
+from fxckpt.upstream.dynamo import FUNCTION, TracedGraph, module_key
 from fxckpt.upstream.hooks import buffers_of, parameters_of
-from fxckpt.upstream.tensors import is_wrapper
+from fxckpt.upstream.tensors import is_wrapper, storage_key
 
 _PART = re.compile(
     r"\._modules\['(?P<module>[^']+)'\]|\._parameters\['(?P<parameter>[^']+)'\]|\._buffers\['(?P<buffer>[^']+)'\]"
@@ -50,10 +50,11 @@ class Lifted(nn.Module):
         given: what each input of the graph is.
         arguments: indices of the inputs that are arguments of this module's `forward`.
         likely: which outputs a backward most likely starts from, as `capture` takes it.
+        unused_bytes: what the model's parameters and buffers take that the graph does not read [B].
     """
 
-    def __init__(self, graph: TracedGraph, paths: Mapping[str, str]) -> None:
-        """`paths` maps what Dynamo calls a module (its id, as text) to its path in the model.
+    def __init__(self, graph: TracedGraph, model: nn.Module | None) -> None:
+        """`model` is the one whose paths name modules, parameters and buffers.
 
         Raises:
             CaptureError: an input is no plain tensor, or the graph puts other memory behind one.
@@ -65,6 +66,8 @@ class Lifted(nn.Module):
         self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
         self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
         self.likely = _likely(graph)
+        self.unused_bytes = _unused_bytes(graph, model)
+        paths = {} if model is None else {module_key(module): name for name, module in model.named_modules()}
         for node in graph.module.graph.nodes:
             if node.op != "placeholder" and getattr(node.target, "__name__", node.target) in _OTHER_MEMORY:
                 raise NewMemoryError(
@@ -161,6 +164,14 @@ def _find(root: nn.Module, given: Given) -> Any:
         root = root._modules[module]  # type: ignore[assignment]
     held: dict[str, Any] = parameters_of(root) if given.kind is InputKind.PARAMETER else buffers_of(root)
     return held[name]
+
+
+def _unused_bytes(graph: TracedGraph, model: nn.Module | None) -> int:
+    if model is None:
+        return 0
+    held = {storage_key(x): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
+    read = {storage_key(x) for x in graph.examples}
+    return sum(size_bytes for key, size_bytes in held.items() if key not in read)
 
 
 def _likely(graph: TracedGraph) -> frozenset[int] | None:

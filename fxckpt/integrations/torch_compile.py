@@ -37,7 +37,7 @@ def fxckpt(
             "the plain model's peak"
         )
     budget = given.pop("memory_budget")
-    planned = PlannedGraph(Planning(read_options(budget, given)), traced_graph(module, examples), {})  # type: ignore[arg-type]
+    planned = PlannedGraph(Planning(read_options(budget, given)), traced_graph(module, examples), None)  # type: ignore[arg-type]
 
     def run(*inputs: Any) -> Any:
         try:

@@ -101,7 +101,7 @@ class Front:
             assert owner is not None
             return owner._make(graph)
 
-        self._traced = Traced(function, make)
+        self._traced = Traced(function, make, one_graph=not planning.options.graph_breaks)
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result, planned.
@@ -119,6 +119,8 @@ class Front:
         Raises:
             NotTraced, CaptureError: as for `call`.
         """
+        if self.planning.options.graph_breaks:  # what the second graph is given the first one would have to compute
+            return
         token, drawn = _preparing.set(True), random.getstate()
         try:
             self._traced(*args, **kwargs)
@@ -137,9 +139,8 @@ class Front:
             check_plannable(self._model)
         if graph.checkpointed:
             say_bypassed()
-        paths = {} if self._model is None else {str(id(m)): name for name, m in self._model.named_modules()}
         self.draws |= any(source.startswith("random_value") for source in graph.sources)
-        planned = PlannedGraph(self.planning, graph, paths)
+        planned = PlannedGraph(self.planning, graph, self._model)
         self._graphs.append(planned)
         return planned.run_weakly()
 
@@ -147,9 +148,9 @@ class Front:
 class PlannedGraph:
     """One graph of Dynamo's, with its plans for each state of what Dynamo does not guard."""
 
-    def __init__(self, planning: Planning, graph: TracedGraph, paths: dict[str, str]) -> None:
+    def __init__(self, planning: Planning, graph: TracedGraph, model: nn.Module | None) -> None:
         self._planning = planning
-        self._lifted = Lifted(graph, paths)
+        self._lifted = Lifted(graph, model)
         given = self._lifted.given
         self._parameters = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
         self._arguments = self._lifted.arguments
@@ -183,6 +184,8 @@ class PlannedGraph:
         if _preparing.get():
             raise _Planned
         if entry is None:
+            if self._planning.options.graph_breaks:
+                return self._lifted.run(inputs)
             raise NothingToPlan
         self._planning.runs += 1
         compiled, seat = ledger().take(entry)
@@ -235,7 +238,9 @@ class PlannedGraph:
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
         parameters = [inputs[i] for i in self._parameters]
-        return profile_of(joint, self._planning.options, parameters, gradients_allocated=key[0])
+        unused_bytes = self._lifted.unused_bytes
+        options = self._planning.options
+        return profile_of(joint, options, parameters, gradients_allocated=key[0], unused_bytes=unused_bytes)
 
     def _compile(self, profile: Profile, key: _Key) -> Compiled:
         return self._ordered(self._planning.compile(profile, self._hooked(profile, key)))

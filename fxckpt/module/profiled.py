@@ -40,16 +40,20 @@ def profile_call(
     """
     tensors, structure = take_apart((tuple(args), kwargs))
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
-    paths = {str(id(module)): name for name, module in model.named_modules()}
 
     def make(graph: TracedGraph) -> Callable[..., Any]:
         if graph.checkpointed:
             say_bypassed()
-        lifted = Lifted(graph, paths)
+        lifted = Lifted(graph, model)
 
         def profile(*inputs: torch.Tensor) -> Any:
             joint = replace(lifted.capture(inputs), device=device)
-            raise _Profiled(profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated))
+            parameters, unused_bytes = model.parameters(), lifted.unused_bytes
+            raise _Profiled(
+                profile_of(
+                    joint, options, parameters, gradients_allocated=gradients_allocated, unused_bytes=unused_bytes
+                )
+            )
 
         return profile
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fxckpt.errors import CaptureError
-from fxckpt.module.bypass import Bypasses, wants_gradients
+from fxckpt.module.bypass import Bypasses, reaches, wants_gradients
 from fxckpt.module.front import Front, NothingToPlan, Planning
 from fxckpt.upstream.dynamo import NotTraced
 from fxckpt.upstream.ops.expect import UnexpectedValue
@@ -47,7 +47,7 @@ class Route:
     ) -> None:
         self.function = function
         self.front = Front(function, model, planning)
-        self._planning, self._bypasses, self._otherwise = planning, bypasses, otherwise
+        self._model, self._planning, self._bypasses, self._otherwise = model, planning, bypasses, otherwise
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """`call`, as functions are called."""
@@ -96,6 +96,8 @@ class Route:
         else:
             if self._planning.runs == runs and wants_gradients(result):
                 self._bypasses.say("TorchDynamo made no graph of the call (is it turned off?)", stacklevel=4)
+            elif self._planning.options.graph_breaks and reaches(result, self._model.parameters()):
+                self._bypasses.say("parts of the model lie outside of all graphs that TorchDynamo made", stacklevel=4)
             return result
         _put_back(drawn)
         try:

@@ -82,7 +82,9 @@ class Unguarded:
                     "the model can't be captured as one graph: it draws from a torch.Generator, which a graph can't hold. "
                     "Draw outside of the model and pass what is drawn, or use torch's default generator"
                 )
-            raise CaptureError(f"{what}. TorchDynamo says: {reason}") from error
+            raise CaptureError(
+                f"{what}. TorchDynamo says: {reason}. With graph_breaks=True it is planned in parts, up to there and behind"
+            ) from error
         if entry is not None and len(self._entries) > planned:
             _say_unguarded(reason)
         return entry

@@ -15,14 +15,16 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import math
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import fx
 from torch._dynamo import exc, polyfills
 from torch._dynamo import symbolic_convert as convert
 from torch._dynamo.source import RandomValueSource
@@ -59,6 +61,75 @@ class Draws(exc.Unsupported):
     """Forward decides by a random number of Python's what to compute."""
 
 
+class Floats:
+    """Python's floats that forward reads, over all conversions of a function.
+
+    The first value of each is a constant of the graph. One that has changed becomes an input, unless something is
+    computed with it that a tensor can't stand for, bit for bit.
+
+    Attributes:
+        values: the value that each had first, by where it is found.
+        constant: those that stay constants.
+        inputs: those that are inputs of the graph that is being made.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.constant: set[str] = set()
+        self.inputs: set[str] = set()
+
+    def is_input(self, name: str, value: float) -> bool:
+        """Whether a float is to be an input."""
+        changed = self.values.setdefault(name, value) != value
+        if not changed or name in self.constant or not math.isfinite(value):
+            return False
+        self.inputs.add(name)
+        return True
+
+    def give_up(self) -> bool:
+        """Let the present inputs be constants; whether there were any."""
+        self.constant |= self.inputs
+        return bool(self.inputs)
+
+
+_EXACT = frozenset(
+    {"mul", "add", "sub", "rsub", "neg", "truediv", "imul", "iadd", "isub", "itruediv", "div", "true_divide"}
+)
+"""Functions that compute the same with a tensor that holds one number as with the number."""
+
+
+def is_exact(module: fx.GraphModule, inputs: Iterable[fx.Node]) -> bool:
+    """Whether all that is computed with these inputs, floats as tensors, is what is computed with the floats."""
+    pending, seen = list(inputs), set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        for user in node.users:
+            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            if name == "autograd_function_apply":
+                inner = [getattr(module, str(a.target)) for a in user.args[:2] if isinstance(a, fx.Node)]
+                places = [n for n, arg in enumerate(user.args[2:]) if arg is node]
+                if not all(_is_exact_inside(body, places) for body in inner):
+                    return False
+            elif user.op == "output" or name not in _EXACT or user.kwargs:
+                return False
+            elif not user.meta["example_value"].dim():
+                pending.append(user)
+            elif not user.meta["example_value"].is_floating_point() or any(
+                not x.meta["example_value"].is_floating_point() for x in user.all_input_nodes
+            ):
+                return False
+    return True
+
+
+def _is_exact_inside(body: fx.GraphModule, places: list[int]) -> bool:
+    """The same for the parts of an autograd.Function, whose backward may read what forward kept."""
+    numbers = [n for n in body.graph.nodes if n.op == "placeholder" and not n.meta["example_value"].dim()]
+    return bool(places) and is_exact(body, numbers)
+
+
 class Seen:
     """What was noticed while a frame was converted.
 
@@ -74,7 +145,7 @@ class Seen:
 
 
 @contextlib.contextmanager
-def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
+def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]:
     """Give the answers while the frame of `code` is converted; `compiled` is what models hear that ask for it."""
     seen = Seen()
     with contextlib.ExitStack() as stack:
@@ -89,6 +160,7 @@ def answers(code: CodeType, *, compiled: bool) -> Iterator[Seen]:
                     table[opcode] = _noting_loss(handler, code, seen)
             enter(mock.patch.object(kind, "dispatch_table", table))
         enter(right_views())
+        enter(mock.patch.object(builder.VariableBuilder, "wrap_symfloat", _float(floats)))
         enter(mock.patch.object(TensorVariable, "bool_impl", _truth(TensorVariable.bool_impl)))
         enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
         enter(mock.patch.object(TensorVariable, "unpack_var_sequence", _unbound(TensorVariable.unpack_var_sequence)))
@@ -321,6 +393,17 @@ def _log(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any])
         later = misc.DebuggingVariable(method, source=AttrSource(self.source, name))
         tx.debug_locals.append((later, list(args)))
     return ConstantVariable.create(None)
+
+
+def _float(floats: Floats) -> Callable[..., Any]:
+    original = builder.VariableBuilder.wrap_symfloat
+
+    def wrap(self: Any, value: float) -> Any:
+        if floats.is_input(self.name, value):
+            return self.wrap_unspecialized_primitive(value)
+        return original(self, value)
+
+    return wrap
 
 
 # What is returned

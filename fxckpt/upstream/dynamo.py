@@ -19,7 +19,7 @@ from torch._dynamo import config, convert_frame, eval_frame, exc
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.errors import FxckptError
-from fxckpt.upstream.answers import Seen, answers
+from fxckpt.upstream.answers import Floats, Seen, answers, is_exact
 
 _SETTINGS: dict[str, Any] = {
     "accumulated_recompile_limit": sys.maxsize,
@@ -90,12 +90,13 @@ class Traced:
         self._make = make
         self.why_again = ""
         self._seen = Seen()
+        self._floats = Floats()
         owner = _in_own_code(function)
         backend, note_failure = _weakly(self, Traced._graph), _weakly(self, Traced._note_failure)
         context: Any = torch._dynamo.optimize(
             backend, nopython=one_graph, dynamic=False, isolate_recompiles=True, guard_fail_fn=note_failure
         )
-        context.callback = _Callback(context.callback, _weakly(self, Traced._begin))
+        context.callback = _Callback(context.callback, self._floats, _weakly(self, Traced._begin))
         self._call = context(owner)
         self._code = owner.__code__
         weakref.finalize(self, _let_go, self._code, id(eval_frame.innermost_backend(context.callback)))
@@ -119,6 +120,9 @@ class Traced:
         self._seen = seen
 
     def _graph(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        floats = [n for n in module.graph.nodes if n.op == "placeholder" and _source(n) in self._floats.inputs]
+        if not is_exact(module, floats):
+            raise _Inexact
         return self._make(traced_graph(module, examples, self._seen))
 
     def _note_failure(self, failure: Any) -> None:
@@ -129,12 +133,22 @@ def traced_graph(module: fx.GraphModule, examples: Sequence[Any], seen: Seen | N
     """A graph as Dynamo hands it to a backend, and what was `seen` while it was made."""
     seen = seen or Seen()
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    given = [node.meta.get("grapharg") for node in placeholders]
-    sources = ["" if g is None or g.source is None else g.source.name for g in given]
+    sources = [_source(node) for node in placeholders]
     returned: Any = module.graph.output_node().args[0]
     names = [getattr(node, "name", None) for node in returned]
     loss = names.index(seen.loss) if seen.loss in names else None
     return TracedGraph(module, examples, sources, loss, seen.checkpointed)
+
+
+def module_key(module: torch.nn.Module) -> str:
+    """What Dynamo calls a module in the metadata of nodes."""
+    return str(id(module))
+
+
+def _source(node: fx.Node) -> str:
+    """Where Dynamo finds the tensor that an input of a graph stands for, "" if that is unknown."""
+    given = node.meta.get("grapharg")
+    return "" if given is None or given.source is None else str(given.source.name)
 
 
 def _weakly(owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,8 +182,8 @@ def _in_own_code(function: Callable[..., Any]) -> types.FunctionType:
 class _Callback:
     """What Dynamo calls to convert a frame: as it does, with our settings and answers, and its failures told as ours."""
 
-    def __init__(self, convert: Any, begin: Callable[[Seen], None]) -> None:
-        self._convert, self._begin = convert, begin
+    def __init__(self, convert: Any, floats: Floats, begin: Callable[[Seen], None]) -> None:
+        self._convert, self._floats, self._begin = convert, floats, begin
         self._torchdynamo_orig_backend = convert._torchdynamo_orig_backend
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
@@ -180,30 +194,30 @@ class _Callback:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # what the model has to say it says when it runs
-            try:
-                return self._attempt(False, frame, cache_entry, frame_state)
-            except _Again:
-                return self._attempt(True, frame, cache_entry, frame_state)
-
-    def _attempt(self, compiled: bool, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
-        with answers(frame.f_code, compiled=compiled) as seen:
-            self._begin(seen)
-            try:
-                return self._convert(frame, cache_entry, frame_state)
-            except exc.TorchDynamoException as error:
-                inner = getattr(error, "inner_exception", None)
-                if isinstance(inner, FxckptError):
-                    raise inner from None
-                if seen.asked_if_compiled and not compiled:
-                    raise _Again from error
-                raise NotTraced(_reason(error), _line(error)) from error
+            compiled = False
+            while True:
+                self._floats.inputs = set()
+                with answers(frame.f_code, self._floats, compiled=compiled) as seen:
+                    self._begin(seen)
+                    try:
+                        return self._convert(frame, cache_entry, frame_state)
+                    except exc.TorchDynamoException as error:
+                        inner = getattr(error, "inner_exception", None)
+                        if isinstance(inner, FxckptError):
+                            raise inner from None
+                        if self._floats.give_up():
+                            continue
+                        if seen.asked_if_compiled and not compiled:  # the way of compiled models may do
+                            compiled = True
+                            continue
+                        raise NotTraced(_reason(error), _line(error)) from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._convert, name)
 
 
-class _Again(Exception):  # noqa: N818 - no error
-    """On the way that a model takes in eager it can't be traced; on that of compiled models it may."""
+class _Inexact(Exception):  # noqa: N818 - no error
+    """A graph would compute something else with floats as its inputs."""
 
 
 def _reason(error: BaseException) -> str:
