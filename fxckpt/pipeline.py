@@ -56,9 +56,7 @@ def profile_step(
     return profile_of(joint, options, gradients_allocated=gradients_allocated)
 
 
-def profile_of(
-    joint: JointGraph, options: Options, *, gradients_allocated: bool, unused_bytes: int = 0
-) -> Profile:
+def profile_of(joint: JointGraph, options: Options, *, gradients_allocated: bool, unused_bytes: int = 0) -> Profile:
     """Attach bytes and times to a captured step; `unused_bytes` are those of parameters that it does not read."""
     profile = build(joint, cost_model(options, joint))
     if unused_bytes:

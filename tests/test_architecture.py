@@ -138,7 +138,7 @@ def test_importing_the_package_is_lazy() -> None:
 
 
 def test_the_facade_is_small_and_complete() -> None:
-    assert len(fxckpt.__all__) <= 12
+    assert len(fxckpt.__all__) <= 13
     assert {"optimize", "plan", "print_plan", "measure", "Plan"} <= set(fxckpt.__all__)
     for name in fxckpt.__all__:
         assert getattr(fxckpt, name).__doc__

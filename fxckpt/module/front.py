@@ -1,17 +1,20 @@
 """A function's training step, planned behind Dynamo: it guards what was read, replays what was changed, traces anew.
 
 Each graph that Dynamo makes is captured, planned and run as one step. What Dynamo does not guard but a plan depends on
-is looked at here, at each call: which gradients are allocated, hooks that change parameters, which attention kernels may
-run.
+is looked at here, at each call: which gradients are allocated, hooks that change parameters, which attention kernels
+may run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import random
 import threading
+import warnings
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,7 +26,7 @@ from fxckpt.capture.front import Lifted
 from fxckpt.capture.roles import InputKind
 from fxckpt.capture.structure import put_together, take_apart
 from fxckpt.core.plans import Plan
-from fxckpt.errors import InvalidScheduleError, RuntimeContractError
+from fxckpt.errors import InvalidScheduleError, ReplanningWarning, RuntimeContractError
 from fxckpt.module.refused import check_plannable
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_of
@@ -59,23 +62,30 @@ class _Entry:
     bridges: dict[tuple[int, Tangents], Program] = field(default_factory=dict)
 
 
+_MANY = 5
+"""So many plans in a row, one a call, are worth a word."""
+_GRAPHS_A_PLAN = 4
+
+
 class Planning:
     """How a function's graphs are planned, and what was planned so far.
 
     Attributes:
         options: what the user asked for.
         latest: what was planned last.
-        plans: all plans, since a graph of the same structure may take over another's.
+        plans: the latest plans, since a graph of the same structure may take over another's.
         lock: held while something is planned.
         runs: how many graphs ran by a plan.
+        kept: what can be forgotten, the least recently used first: graphs and keys of their entries.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.runs = 0
+        self.kept: OrderedDict[int, tuple[weakref.ref[PlannedGraph], _Key]] = OrderedDict()
         self._call = threading.local()
         self.latest: Compiled | None = None
-        self.plans: list[Plan] = []
+        self.plans: deque[Plan] = deque(maxlen=options.max_plans)
         self.lock = threading.RLock()
 
     def begin_call(self) -> None:
@@ -86,6 +96,20 @@ class Planning:
         """A graph of the present call runs, and what it saves stays until its backward."""
         self.runs += 1
         self._call.held_bytes = self.held_bytes + compiled.plan.predicted.saved_bytes
+
+    def keep(self, graph: PlannedGraph, key: _Key, entry: _Entry) -> None:
+        """A new entry is kept, and the one that was used least recently forgotten if there are too many."""
+        self.kept[id(entry)] = weakref.ref(graph), key
+        while len(self.kept) > self.options.max_plans:
+            _, (reference, old) = self.kept.popitem(last=False)
+            owner = reference()
+            if owner is not None:
+                owner.forget(old)
+
+    def used(self, entry: _Entry) -> None:
+        """An entry is used."""
+        with contextlib.suppress(KeyError):  # another thread may just have forgotten it
+            self.kept.move_to_end(id(entry))
 
     @property
     def held_bytes(self) -> int:
@@ -116,6 +140,7 @@ class Front:
         self.draws = False
         self._model = model
         self._graphs: list[PlannedGraph] = []
+        self._made_in_a_row = 0
         reference = weakref.ref(self)
 
         def make(graph: TracedGraph) -> Callable[..., Any]:
@@ -134,7 +159,20 @@ class Front:
             CaptureError: its graph can't be captured.
         """
         self.planning.begin_call()
-        return self._traced(*args, **kwargs)
+        if len(self._graphs) > _GRAPHS_A_PLAN * self.planning.options.max_plans:  # their programs are gone already
+            self._traced.forget()
+            self._graphs.clear()
+        before = len(self._graphs)
+        result = self._traced(*args, **kwargs)
+        self._made_in_a_row = self._made_in_a_row + 1 if len(self._graphs) > before else 0
+        if self._made_in_a_row == _MANY:
+            warnings.warn(
+                f"the last {_MANY} calls in a row were captured and planned anew each, at the cost of time and memory. "
+                f"What changed last: {self._traced.why_again or 'unknown'}. Pass it as a tensor, or pad to few sizes",
+                ReplanningWarning,
+                stacklevel=6,
+            )
+        return result
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Plan for these arguments. Nothing is computed.
@@ -213,6 +251,7 @@ class PlannedGraph:
             raise NothingToPlan
         compiled = entry.expected
         self._planning.note_run(compiled)
+        self._planning.used(entry)
         given = [inputs[i] for i in self._orders[id(compiled)]]
         results = run_forward(compiled.program, given, functools.partial(self._backward_for, entry, compiled, inputs))
         return put_together(compiled.profile.joint.outputs, iter(results))
@@ -220,7 +259,7 @@ class PlannedGraph:
     def _key(self, inputs: Sequence[torch.Tensor]) -> _Key:
         parameters = [inputs[i] for i in self._parameters]
         return (
-            any([p.grad is not None for p in parameters]),
+            any(p.grad is not None for p in parameters),
             tuple([i for i, p in zip(self._parameters, parameters, strict=True) if has_accumulation_hooks(p)]),
             tuple([inputs[i].is_leaf for i in self._arguments]),
             Ambient.now(),
@@ -229,8 +268,16 @@ class PlannedGraph:
     def _entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> _Entry | None:
         with self._planning.lock, NOT_MEANWHILE:
             if key not in self._entries:
-                self._entries[key] = self._make_entry(key, inputs)
+                entry = self._entries[key] = self._make_entry(key, inputs)
+                if entry is not None:
+                    self._planning.keep(self, key, entry)
             return self._entries[key]
+
+    def forget(self, key: _Key) -> None:
+        """Drop the plans of an entry; the next call that needs them makes them anew."""
+        entry = self._entries.pop(key, None)
+        for compiled in [] if entry is None else entry.captured.values():
+            self._orders.pop(id(compiled), None)
 
     def _make_entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> _Entry | None:
         if not any(x.requires_grad for x in inputs):
@@ -272,9 +319,7 @@ class PlannedGraph:
         check_same_step(self._lifted, entry.expected, structure, arguments, other_backward)
         self._planning.latest = entry.expected
 
-    def _backward_for(
-        self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents
-    ) -> Program:
+    def _backward_for(self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Program:
         with self._planning.lock, NOT_MEANWHILE:
             return self._other_backward(entry, ran, inputs, present)
 
@@ -299,9 +344,7 @@ class PlannedGraph:
             entry.bridges[key] = Program(other.profile.joint.roles, emitted)
         return entry.bridges[key]
 
-    def _recapture(
-        self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents
-    ) -> Compiled:
+    def _recapture(self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Compiled:
         """Capture and plan the step with backward starting from the tangents `present`."""
         outputs = ran.profile.joint.roles.outputs
         numbered = {outputs[index].tangent_number: stride for index, stride in present}

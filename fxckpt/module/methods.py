@@ -44,7 +44,9 @@ class Methods:
         if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return function(module, *args, **kwargs)
         remedy = f"method {name!r} was called, which is not planned (optimize(model, methods=({name!r},)) plans it)"
-        return _AsItIs(functools.partial(function, module), remedy, self._plain, self._bypasses).call(None, args, kwargs)
+        return _AsItIs(functools.partial(function, module), remedy, self._plain, self._bypasses).call(
+            None, args, kwargs
+        )
 
     def route(self, function: Callable[..., Any], failure: str) -> Route:
         """The way through a plan for calls of a function; `failure` says that there is none."""
@@ -65,7 +67,7 @@ class _AsItIs:
         """Whether it did so before: Dynamo is asked anew each time."""
         return False
 
-    def prepare(self, reason: Exception | None, args: Any, kwargs: Any) -> None:  # noqa: ARG002
+    def prepare(self, reason: Exception | None, args: Any, kwargs: Any) -> None:
         """There is nothing to prepare."""
 
     def call(self, reason: Exception | None, args: Any, kwargs: Any) -> Any:
@@ -84,9 +86,9 @@ def watched_methods(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         if not issubclass(owner, nn.Module) or owner.__module__.startswith(_FRAMEWORKS) or owner is nn.Module:
             continue
         for name, function in vars(owner).items():
-            if isinstance(function, types.FunctionType) and not name.startswith("_") and name != "forward":
-                if name not in vars(nn.Module):
-                    found[name] = _watched_method(name, function)
+            own = isinstance(function, types.FunctionType) and name not in vars(nn.Module)
+            if own and not name.startswith("_"):
+                found[name] = _watched_method(name, function)
     return found
 
 

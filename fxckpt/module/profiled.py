@@ -49,9 +49,7 @@ def profile_call(
         def profile(*inputs: torch.Tensor) -> Any:
             joint = replace(lifted.capture(inputs), device=device)
             raise _Profiled(
-                profile_of(
-                    joint, options, gradients_allocated=gradients_allocated, unused_bytes=lifted.unused_bytes
-                )
+                profile_of(joint, options, gradients_allocated=gradients_allocated, unused_bytes=lifted.unused_bytes)
             )
 
         return profile
@@ -64,6 +62,4 @@ def profile_call(
         return end.profile
     except (NotTraced, CaptureError):
         pass
-    return profile_step(
-        model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated
-    )
+    return profile_step(model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated)

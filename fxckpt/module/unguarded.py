@@ -10,7 +10,7 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxckpt.capture.front import NewMemoryError
 from fxckpt.capture.constants import only_value
+from fxckpt.capture.front import NewMemoryError
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.watch import Signature, watch
 from fxckpt.errors import (
@@ -39,7 +39,6 @@ from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
 from fxckpt.upstream.dynamo import NotTraced
-from fxckpt.upstream.ops.expect import UnexpectedValue
 
 
 @dataclass
@@ -99,11 +98,12 @@ class Unguarded:
             what = str(error) if isinstance(error, CaptureError) else "the model can't be captured as one graph"
             if _has_generator((args, kwargs, [list(vars(m).values()) for m in self._plain.modules()])):
                 what = (
-                    "the model can't be captured as one graph: it draws from a torch.Generator, which a graph can't hold. "
-                    "Draw outside of the model and pass what is drawn, or use torch's default generator"
+                    "the model can't be captured as one graph: it draws from a torch.Generator, which a graph can't "
+                    "hold. Draw outside of the model and pass what is drawn, or use torch's default generator"
                 )
             raise CaptureError(
-                f"{what}. TorchDynamo says: {reason}. With graph_breaks=True it is planned in parts, up to there and behind"
+                f"{what}. TorchDynamo says: {reason}. With graph_breaks=True it is planned in parts, up to there and "
+                "behind"
             ) from error
         if entry is not None and len(self._entries) > planned:
             _say_unguarded(reason)
@@ -154,7 +154,12 @@ class Unguarded:
             profile = replace(profile, graph=profile.graph.with_gradients(allocated))
         else:
             profile = profile_step(
-                self._plain, args, kwargs, self._planning.options, forward=self._plain.forward, gradients_allocated=allocated
+                self._plain,
+                args,
+                kwargs,
+                self._planning.options,
+                forward=self._plain.forward,
+                gradients_allocated=allocated,
             )
         if all(output.tangent is None for output in profile.joint.roles.outputs):
             return None
@@ -252,8 +257,8 @@ def _say_unguarded(reason: Exception | None) -> None:
     if isinstance(reason, NotTraced):
         warnings.warn(
             "TorchDynamo can't trace the model, so it was captured by calling its forward once. Beside tensors, modes "
-            "and the numbers, flags and texts that are attributes of modules, what forward reads from Python stays as it "
-            f"is now, whatever changes. TorchDynamo says: {reason}",
+            "and the numbers, flags and texts that are attributes of modules, what forward reads from Python stays as "
+            f"it is now, whatever changes. TorchDynamo says: {reason}",
             UnguardedCaptureWarning,
             stacklevel=5,
         )

@@ -11,9 +11,7 @@ from torch.utils import _pytree as pytree
 from fxckpt.errors import BudgetError
 
 
-def optimizer_state_bytes(
-    optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.nn.Parameter] = ()
-) -> int:
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.nn.Parameter] = ()) -> int:
     """Bytes of the tensors that an optimizer keeps between steps [B].
 
     An optimizer that has not stepped yet is copied onto the meta device, where a step costs nothing, and the copy's

@@ -19,8 +19,8 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -28,8 +28,7 @@ from torch import fx
 from torch._dynamo import exc, polyfills
 from torch._dynamo import symbolic_convert as convert
 from torch._dynamo.source import RandomValueSource
-from torch._dynamo.variables import ConstantVariable, TensorVariable, UserFunctionVariable
-from torch._dynamo.variables import builder, misc, user_defined
+from torch._dynamo.variables import ConstantVariable, TensorVariable, UserFunctionVariable, builder, misc, user_defined
 from torch._dynamo.variables import functions as function_variables
 from torch._dynamo.variables import torch as torch_variables
 from torch._dynamo.variables.tensor import UnspecializedPythonVariable
@@ -93,7 +92,9 @@ class Floats:
         return bool(self.inputs)
 
 
-_EXACT = frozenset({"mul", "add", "sub", "rsub", "neg", "truediv", "imul", "iadd", "isub", "itruediv", "div", "true_divide"})
+_EXACT = frozenset(
+    {"mul", "add", "sub", "rsub", "neg", "truediv", "imul", "iadd", "isub", "itruediv", "div", "true_divide"}
+)
 """Functions that compute the same with a tensor that holds one number as with the number."""
 
 
@@ -114,7 +115,7 @@ def is_exact(module: fx.GraphModule, inputs: Iterable[fx.Node]) -> bool:
                     return False
             elif user.op == "output" or name not in _EXACT or user.kwargs:
                 return False
-            elif not user.meta["example_value"].dim() :
+            elif not user.meta["example_value"].dim():
                 pending.append(user)
             elif not user.meta["example_value"].is_floating_point() or any(
                 not x.meta["example_value"].is_floating_point() for x in user.all_input_nodes
@@ -195,7 +196,7 @@ def _answered(original: Handler) -> Handler:
         if isinstance(top, UnspecializedPythonVariable):
             _refuse_draw(top)
         elif isinstance(top, TensorVariable):
-            known = answer(tx, top)
+            known = answer(top)
             if known is None and _branches(instruction.opname):
                 known = _way_without_error(tx, instruction)
                 if known is not None:
@@ -228,7 +229,11 @@ def _way_without_error(tx: Any, instruction: Any) -> bool | None:
         shortcut = _OF_SEVERAL[tx.f_code]
         following = (each for each in tx.parent.instructions[tx.parent.instruction_pointer :])
         branch = next((each for each in following if each.opname != "EXTENDED_ARG"), None)
-        if branch is None or not _branches(branch.opname) or _way_without_error(tx.parent, branch) is not (not shortcut):
+        if (
+            branch is None
+            or not _branches(branch.opname)
+            or _way_without_error(tx.parent, branch) is not (not shortcut)
+        ):
             return None
         return not shortcut
     code = tx.instructions
@@ -273,7 +278,7 @@ def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
     """`bool` of a tensor."""
 
     def bool_impl(self: Any, tx: Any) -> Any:
-        known = answer(tx, self)
+        known = answer(self)
         if known is not None:
             return ConstantVariable.create(bool(known))
         return self if _decides_branch(tx) else original(self, tx)
@@ -283,7 +288,7 @@ def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _item(original: Callable[..., Any]) -> Callable[..., Any]:
     def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        known = answer(tx, self)
+        known = answer(self)
         if known is None and self.dtype is torch.bool and _decides_branch(tx):
             return self
         return original(self, tx, *args, **kwargs) if known is None else ConstantVariable.create(known)
@@ -296,7 +301,12 @@ def _unbound(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def unpack(self: Any, tx: Any, idxes: Any = None) -> Any:
         rows = self.size[0] if self.valid_size() and len(self.size) else 0
-        if type(self) is not TensorVariable or not isinstance(rows, int) or not rows or len(idxes or range(rows)) != rows:
+        if (
+            type(self) is not TensorVariable
+            or not isinstance(rows, int)
+            or not rows
+            or len(idxes or range(rows)) != rows
+        ):
             return original(self, tx, idxes)
         parts = self.call_method(tx, "unbind", [ConstantVariable.create(0)], {})
         return parts.unpack_var_sequence(tx)
@@ -354,15 +364,17 @@ def _is_told(code: CodeType) -> bool:
 
 def _checkpoint(seen: Seen, **options: Any) -> Any:
     seen.checkpointed = True
-    return UserFunctionVariable(not_checkpointed, **options)
+    return UserFunctionVariable(cast(FunctionType, not_checkpointed), **options)
 
 
-def not_checkpointed(function: Callable[..., Any], *args: Any, use_reentrant: bool | None = None, **options: Any) -> Any:
+def not_checkpointed(
+    function: Callable[..., Any], *args: Any, use_reentrant: bool | None = None, **options: Any
+) -> Any:
     """`torch.utils.checkpoint.checkpoint` without checkpointing."""
     for name in ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"):
         options.pop(name, None)
     if use_reentrant:  # as in eager, nothing inside gets a gradient unless an input requires one
-        wanted = torch.is_grad_enabled() and any([isinstance(x, torch.Tensor) and x.requires_grad for x in args])
+        wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         with torch.set_grad_enabled(wanted):
             return function(*args)
     return function(*args, **options)
@@ -370,7 +382,7 @@ def not_checkpointed(function: Callable[..., Any], *args: Any, use_reentrant: bo
 
 def _log(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """A logger's method is called when the graph has run."""
-    method = getattr(self.value, name, None)
+    method: Any = getattr(self.value, name)
     if name.startswith(("is", "get")) and not args:
         return ConstantVariable.create(method())
     if name == "isEnabledFor" and args[0].is_python_constant():
