@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fxckpt.api import advise, benchmark, graphs, max_batch, measure, optimize, pareto, plan, print_plan
+    from fxckpt.api import advise, benchmark, graphs, max_batch, measure, optimize, pareto, plain, plan, print_plan
     from fxckpt.core.plans import Plan
     from fxckpt.errors import (
         BudgetError,
@@ -60,6 +60,7 @@ __all__ = [
     "measure",
     "optimize",
     "pareto",
+    "plain",
     "plan",
     "print_plan",
 ]

@@ -91,6 +91,14 @@ def optimize(
     return cast(Model, result)
 
 
+def plain(model: Model) -> Model:
+    """The user's own model behind one that `optimize` returned, with the same parameters: for steps without a plan.
+
+    Those are steps that plans don't serve, such as gradients of gradients. Other modules are returned as they are.
+    """
+    return cast(Model, plain_model(_module(model)))
+
+
 def plan(
     model: nn.Module,
     memory_budget: Budget = None,

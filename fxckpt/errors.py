@@ -15,6 +15,7 @@ __all__ = [
     "PlanBypassedWarning",
     "PlanFormatError",
     "PlanMismatchError",
+    "ReplanningWarning",
     "RuntimeContractError",
     "SolverError",
     "UnguardedCaptureWarning",
@@ -44,6 +45,10 @@ class OverBudgetWarning(UserWarning):
 
 class PlanBypassedWarning(UserWarning):
     """A call of an optimized module ran its plain forward, which keeps all activations."""
+
+
+class ReplanningWarning(UserWarning):
+    """A model is captured and planned anew at each call, since something is new at each."""
 
 
 class UnguardedCaptureWarning(UserWarning):

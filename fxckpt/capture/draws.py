@@ -26,9 +26,9 @@ def draws_refused() -> Iterator[None]:
         _put_back(before)
     if drawn:
         raise CaptureError(
-            f"forward draws random numbers from {' and '.join(drawn)}, and a captured graph would compute with the first "
-            "ones for ever. Draw them outside of the model and pass them, or what follows from them, as arguments, or "
-            "draw by torch (torch.rand), whose numbers graphs draw anew"
+            f"forward draws random numbers from {' and '.join(drawn)}, and a graph would compute with the "
+            "first ones for ever. Draw them outside of the model and pass them, or what follows from them, as arguments, "
+            "or draw by torch (torch.rand), whose numbers graphs draw anew"
         )
 
 

@@ -123,15 +123,16 @@ def _given(source: str, example: Any) -> Given:
     kind = InputKind.ARGUMENT
     if isinstance(example, nn.Parameter) or (parts and parts[-1][1] == "parameter"):
         kind = InputKind.PARAMETER
-    elif (
-        source.startswith(FUNCTION)
-        or any(what in ("module", "buffer") for _, what in parts)
-        or (source and not source.startswith("L["))
-    ):
+    elif _is_held(source) or any(what in ("module", "buffer") for _, what in parts):
         kind = InputKind.BUFFER
     if kind is InputKind.ARGUMENT:
         return Given(kind, "")
     return Given(kind, ".".join(names[1:]) or "value")
+
+
+def _is_held(source: str) -> bool:
+    """Whether a tensor is found elsewhere than in the arguments of the call: in the function, or in a global."""
+    return source.startswith((FUNCTION, "G["))
 
 
 def _distinct(given: list[Given]) -> list[Given]:

@@ -96,9 +96,7 @@ def read_roles(graph: fx.Graph, metadata: Any) -> Roles:
     tangents = {desc.output: node for desc, node in placeholders.items() if isinstance(desc, aot.TangentAOTInput)}
     unknown = [desc for desc in tangents if not isinstance(desc, aot.PlainAOTOutput)]
     tangents = {desc: node for desc, node in tangents.items() if desc not in unknown}
-    unknown = [
-        desc for desc in unknown if placeholders[aot.TangentAOTInput(desc)].users
-    ]  # else autograd didn't see the change
+    unknown = [desc for desc in unknown if placeholders[aot.TangentAOTInput(desc)].users]  # else it went unseen
     if unknown:
         raise CaptureError(
             f"backward would start from {unknown[0].expr()}: forward changes an input in place and gradients flow "

@@ -91,6 +91,11 @@ class Entry:
             self._variants[key] = self.compile(replace(expected.profile, graph=graph), plan)
         return self._variants[key]
 
+    def all_compiled(self) -> Iterator[Compiled]:
+        """Everything that it may run."""
+        yield from self.captured.values()
+        yield from self._variants.values()
+
     def continued(self, ran: Compiled, present: Tangents, capture: Callable[[], Compiled]) -> Program:
         """A backward from the tangents `present` behind the forward that ran; the next forward is planned for them.
 

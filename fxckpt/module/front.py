@@ -7,11 +7,14 @@ may run.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import random
 import threading
+import warnings
 import weakref
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +26,7 @@ from fxckpt.capture.front import Lifted
 from fxckpt.capture.roles import InputKind
 from fxckpt.capture.structure import put_together, take_apart
 from fxckpt.core.plans import Plan
+from fxckpt.errors import ReplanningWarning
 from fxckpt.module.entries import Entry
 from fxckpt.module.ledger import ledger
 from fxckpt.module.refused import check_plannable
@@ -48,23 +52,44 @@ class NothingToPlan(Exception):  # noqa: N818 - caught, and answered by the plai
     """Nothing that the function computes can be differentiated."""
 
 
+_MANY = 5
+"""So many plans in a row, one a call, are worth a word."""
+_GRAPHS_A_PLAN = 4
+
+
 class Planning:
     """How a function's graphs are planned, and what was planned so far.
 
     Attributes:
         options: what the user asked for.
         latest: what was planned last.
-        plans: all plans, since a graph of the same structure may take over another's.
+        plans: the latest plans, since a graph of the same structure may take over another's.
         lock: held while something is planned.
         runs: how many graphs ran by a plan.
+        kept: what can be forgotten, the least recently used first: graphs and keys of their entries.
     """
 
     def __init__(self, options: Options) -> None:
         self.options = options
         self.runs = 0
+        self.kept: OrderedDict[int, tuple[weakref.ref[PlannedGraph], _Key]] = OrderedDict()
         self.latest: Compiled | None = None
-        self.plans: list[Plan] = []
+        self.plans: deque[Plan] = deque(maxlen=options.max_plans)
         self.lock = threading.RLock()
+
+    def keep(self, graph: PlannedGraph, key: _Key, entry: Entry) -> None:
+        """A new entry is kept, and the one that was used least recently forgotten if there are too many."""
+        self.kept[id(entry)] = weakref.ref(graph), key
+        while len(self.kept) > self.options.max_plans:
+            _, (reference, old) = self.kept.popitem(last=False)
+            owner = reference()
+            if owner is not None:
+                owner.forget(old)
+
+    def used(self, entry: Entry) -> None:
+        """An entry is used."""
+        with contextlib.suppress(KeyError):  # another thread may just have forgotten it
+            self.kept.move_to_end(id(entry))
 
     def compile(self, profile: Profile, hooked: frozenset[int]) -> Compiled:
         """A runnable plan of a profiled step; `hooked` are the inputs that hooks may change during backward."""
@@ -94,6 +119,7 @@ class Front:
         self.draws = False
         self._model = model
         self._graphs: list[PlannedGraph] = []
+        self._made_in_a_row = 0
         reference = weakref.ref(self)
 
         def make(graph: TracedGraph) -> Callable[..., Any]:
@@ -111,7 +137,20 @@ class Front:
             NothingToPlan: it computes nothing that can be differentiated.
             CaptureError: its graph can't be captured.
         """
-        return self._traced(*args, **kwargs)
+        if len(self._graphs) > _GRAPHS_A_PLAN * self.planning.options.max_plans:  # their programs are gone already
+            self._traced.forget()
+            self._graphs.clear()
+        before = len(self._graphs)
+        result = self._traced(*args, **kwargs)
+        self._made_in_a_row = self._made_in_a_row + 1 if len(self._graphs) > before else 0
+        if self._made_in_a_row == _MANY:
+            warnings.warn(
+                f"the last {_MANY} calls in a row were captured and planned anew each, at the cost of time and memory. "
+                f"What changed last: {self._traced.why_again or 'unknown'}. Pass it as a tensor, or pad to few sizes",
+                ReplanningWarning,
+                stacklevel=6,
+            )
+        return result
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Plan for these arguments. Nothing is computed.
@@ -188,6 +227,7 @@ class PlannedGraph:
                 return self._lifted.run(inputs)
             raise NothingToPlan
         self._planning.runs += 1
+        self._planning.used(entry)
         compiled, seat = ledger().take(entry)
         given = [inputs[i] for i in self._orders[id(compiled)]]
         other_backward = functools.partial(self._backward_for, entry, compiled, inputs)
@@ -210,8 +250,16 @@ class PlannedGraph:
     def _entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Entry | None:
         with self._planning.lock, NOT_MEANWHILE:
             if key not in self._entries:
-                self._entries[key] = self._make_entry(key, inputs)
+                entry = self._entries[key] = self._make_entry(key, inputs)
+                if entry is not None:
+                    self._planning.keep(self, key, entry)
             return self._entries[key]
+
+    def forget(self, key: _Key) -> None:
+        """Drop the plans of an entry; the next call that needs them makes them anew."""
+        entry = self._entries.pop(key, None)
+        for compiled in () if entry is None else entry.all_compiled():
+            self._orders.pop(id(compiled), None)
 
     def _make_entry(self, key: _Key, inputs: Sequence[torch.Tensor]) -> Entry | None:
         if not any(x.requires_grad for x in inputs):

@@ -86,9 +86,9 @@ def watched_methods(kind: type[nn.Module]) -> dict[str, Callable[..., Any]]:
         if not issubclass(owner, nn.Module) or owner.__module__.startswith(_FRAMEWORKS) or owner is nn.Module:
             continue
         for name, function in vars(owner).items():
-            if isinstance(function, types.FunctionType) and not name.startswith("_") and name != "forward":
-                if name not in vars(nn.Module):
-                    found[name] = _watched_method(name, function)
+            own = isinstance(function, types.FunctionType) and name not in vars(nn.Module)
+            if own and not name.startswith("_"):
+                found[name] = _watched_method(name, function)
     return found
 
 

@@ -20,9 +20,9 @@ def check_plannable(model: nn.Module) -> None:
         if wrapper is not None:
             where = f"its submodule {path!r} is" if path else "it is"
             raise CaptureError(
-                f"the model can't be planned: {where} wrapped in {wrapper}, which does its work around forward, at each "
-                f"call, where a plan would leave it out. Optimize first and wrap then: {wrapper}(fxckpt.optimize(model, "
-                "...)), with the model itself inside"
+                f"the model can't be planned: {where} wrapped in {wrapper}, which does its work around forward, at "
+                "each call, where a plan would leave it out. Optimize first and wrap then: "
+                f"{wrapper}(fxckpt.optimize(model, ...)), with the model itself inside"
             )
 
 

@@ -79,11 +79,12 @@ class Unguarded:
             what = str(error) if isinstance(error, CaptureError) else "the model can't be captured as one graph"
             if _has_generator((args, kwargs, [list(vars(m).values()) for m in self._plain.modules()])):
                 what = (
-                    "the model can't be captured as one graph: it draws from a torch.Generator, which a graph can't hold. "
-                    "Draw outside of the model and pass what is drawn, or use torch's default generator"
+                    "the model can't be captured as one graph: it draws from a torch.Generator, which a graph can't "
+                    "hold. Draw outside of the model and pass what is drawn, or use torch's default generator"
                 )
             raise CaptureError(
-                f"{what}. TorchDynamo says: {reason}. With graph_breaks=True it is planned in parts, up to there and behind"
+                f"{what}. TorchDynamo says: {reason}. With graph_breaks=True it is planned in parts, up to there and "
+                "behind"
             ) from error
         if entry is not None and len(self._entries) > planned:
             _say_unguarded(reason)
@@ -202,8 +203,8 @@ def _say_unguarded(reason: Exception | None) -> None:
     if isinstance(reason, NotTraced):
         warnings.warn(
             "TorchDynamo can't trace the model, so it was captured by calling its forward once. Beside tensors, modes "
-            "and the numbers, flags and texts that are attributes of modules, what forward reads from Python stays as it "
-            f"is now, whatever changes. TorchDynamo says: {reason}",
+            "and the numbers, flags and texts that are attributes of modules, what forward reads from Python stays as "
+            f"it is now, whatever changes. TorchDynamo says: {reason}",
             UnguardedCaptureWarning,
             stacklevel=5,
         )

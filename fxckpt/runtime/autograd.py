@@ -201,8 +201,8 @@ class _Step:
             if output is not None and (gradient_hooks_of(output) or output.retains_grad):
                 raise RuntimeContractError(
                     "an output that another output is computed from has a hook, or retains its gradient, but only the "
-                    "part of its gradient that does not come from the other would arrive there. Compute the other output "
-                    "outside of the model, register the hook inside of it, or use fxckpt.plain(model) for this step"
+                    "part of its gradient that does not come from the other would arrive there. Compute the other "
+                    "output outside of the model, register the hook inside of it, or use fxckpt.plain(model) for it"
                 )
         for reference, version in self._watched:
             output = reference()

@@ -19,8 +19,8 @@ import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -196,7 +196,7 @@ def _answered(original: Handler) -> Handler:
         if isinstance(top, UnspecializedPythonVariable):
             _refuse_draw(top)
         elif isinstance(top, TensorVariable):
-            known = answer(tx, top)
+            known = answer(top)
             if known is None and _branches(instruction.opname):
                 known = _way_without_error(tx, instruction)
                 if known is not None:
@@ -278,7 +278,7 @@ def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
     """`bool` of a tensor."""
 
     def bool_impl(self: Any, tx: Any) -> Any:
-        known = answer(tx, self)
+        known = answer(self)
         if known is not None:
             return ConstantVariable.create(bool(known))
         return self if _decides_branch(tx) else original(self, tx)
@@ -288,7 +288,7 @@ def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _item(original: Callable[..., Any]) -> Callable[..., Any]:
     def item(self: Any, tx: Any, *args: Any, **kwargs: Any) -> Any:
-        known = answer(tx, self)
+        known = answer(self)
         if known is None and self.dtype is torch.bool and _decides_branch(tx):
             return self
         return original(self, tx, *args, **kwargs) if known is None else ConstantVariable.create(known)
@@ -364,7 +364,7 @@ def _is_told(code: CodeType) -> bool:
 
 def _checkpoint(seen: Seen, **options: Any) -> Any:
     seen.checkpointed = True
-    return UserFunctionVariable(not_checkpointed, **options)
+    return UserFunctionVariable(cast(FunctionType, not_checkpointed), **options)
 
 
 def not_checkpointed(
@@ -374,7 +374,7 @@ def not_checkpointed(
     for name in ("preserve_rng_state", "context_fn", "determinism_check", "debug", "early_stop"):
         options.pop(name, None)
     if use_reentrant:  # as in eager, nothing inside gets a gradient unless an input requires one
-        wanted = torch.is_grad_enabled() and any([isinstance(x, torch.Tensor) and x.requires_grad for x in args])
+        wanted = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in args)
         with torch.set_grad_enabled(wanted):
             return function(*args)
     return function(*args, **options)
@@ -382,7 +382,7 @@ def not_checkpointed(
 
 def _log(self: Any, tx: Any, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """A logger's method is called when the graph has run."""
-    method = getattr(self.value, name, None)
+    method: Any = getattr(self.value, name)
     if name.startswith(("is", "get")) and not args:
         return ConstantVariable.create(method())
     if name == "isEnabledFor" and args[0].is_python_constant():

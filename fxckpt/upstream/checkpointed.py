@@ -48,8 +48,8 @@ def checkpointing_bypassed() -> Iterator[None]:
 def say_bypassed() -> None:
     """Warn that the model's own checkpoints are ignored."""
     warnings.warn(
-        "the model uses torch.utils.checkpoint. An optimized module ignores it and recomputes what its plan says, with the "
-        "same gradients. Turn it off to have less to wonder about, in transformers by "
+        "the model uses torch.utils.checkpoint. An optimized module ignores it and recomputes what its plan says, with "
+        "the same gradients. Turn it off to have less to wonder about, in transformers by "
         "model.gradient_checkpointing_disable()",
         CheckpointingBypassedWarning,
         stacklevel=2,

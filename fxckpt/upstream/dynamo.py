@@ -126,7 +126,7 @@ class Traced:
         return self._make(traced_graph(module, examples, self._seen))
 
     def _note_failure(self, failure: Any) -> None:
-        self.why_again = str(failure.reason)
+        self.why_again = " ".join(str(failure.reason).split("\n")[0].split(" #")[0].split())
 
 
 def traced_graph(module: fx.GraphModule, examples: Sequence[Any], seen: Seen | None = None) -> TracedGraph:
@@ -180,7 +180,10 @@ def _in_own_code(function: Callable[..., Any]) -> types.FunctionType:
 
 
 class _Callback:
-    """What Dynamo calls to convert a frame: as it does, with our settings and answers, and its failures told as ours."""
+    """What Dynamo calls to convert a frame: its own way to do so, with our settings and answers.
+
+    What fails is told as ours.
+    """
 
     def __init__(self, convert: Any, floats: Floats, begin: Callable[[Seen], None]) -> None:
         self._convert, self._floats, self._begin = convert, floats, begin

@@ -27,7 +27,7 @@ class _Unknown(Exception):  # noqa: N818 - it is no error
     """The value follows from more than one argument, or from what isn't known."""
 
 
-def answer(tx: Any, variable: Any) -> bool | int | float | None:
+def answer(variable: Any) -> bool | int | float | None:
     """The number in a traced tensor that is made of one argument at most; None if it isn't known.
 
     A guard is installed: the graph holds for arguments that give the same number.
@@ -76,22 +76,23 @@ def _collect(node: fx.Node, steps: Steps, inputs: dict[fx.Node, torch.Tensor]) -
         raise _Unknown
     args: tuple[Any, ...] = node.args
     if name in _OF_A_FORM:
-        args = (_Form(args[0].meta["example_value"]), *args[1:])  # type: ignore[union-attr]
+        args = (_Form(args[0].meta["example_value"]), *args[1:])
     for source in _nodes((args, node.kwargs)):
         if any(_changes(_name(user)) and user.args and user.args[0] is source for user in source.users):
             raise _Unknown
         _collect(source, steps, inputs)
     function = functools.partial(_method, str(node.target)) if node.op == "call_method" else node.target
-    steps[node] = function, args, dict(node.kwargs)  # type: ignore[assignment]
+    steps[node] = function, args, dict(node.kwargs)
 
 
 def _example(node: fx.Node) -> torch.Tensor:
     given = node.meta.get("grapharg")
     example = None if given is None else given.example
-    plain = isinstance(example, torch.Tensor) and not isinstance(example, FakeTensor) and not example.is_meta
-    if not plain or example.is_floating_point() or example.is_complex() or example.numel() > _MOST_ELEMENTS:
+    if not isinstance(example, torch.Tensor) or isinstance(example, FakeTensor) or example.is_meta:
         raise _Unknown
-    return example  # type: ignore[no-any-return]
+    if example.is_floating_point() or example.is_complex() or example.numel() > _MOST_ELEMENTS:
+        raise _Unknown
+    return example
 
 
 class _Form:
