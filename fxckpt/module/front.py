@@ -201,7 +201,7 @@ class Front:
             check_plannable(self._model)
         if graph.checkpointed:
             say_bypassed()
-        self.draws |= any(source.startswith("random_value") for source in graph.sources)
+        self.draws |= any("random_value" in source for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, self._model)
         self._graphs.append(planned)
         return planned.run_weakly()
@@ -316,7 +316,7 @@ class PlannedGraph:
         trial = replace(entry, captured=dict(entry.captured), bridges={})
         arguments, structure = take_apart((tuple(inputs[i] for i in self._arguments), {}))
         other_backward = functools.partial(self._other_backward, trial, entry.expected, inputs)
-        check_same_step(self._lifted, entry.expected, structure, arguments, other_backward)
+        check_same_step(self._lifted.held, entry.expected, structure, arguments, other_backward)
         self._planning.latest = entry.expected
 
     def _backward_for(self, entry: _Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Program:
