@@ -28,8 +28,10 @@ if TYPE_CHECKING:
         PlanBypassedWarning,
         PlanFormatError,
         PlanMismatchError,
+        ReplanningWarning,
         RuntimeContractError,
         SolverError,
+        UnguardedCaptureWarning,
         VerificationError,
     )
 
@@ -50,8 +52,10 @@ __all__ = [
     "PlanBypassedWarning",
     "PlanFormatError",
     "PlanMismatchError",
+    "ReplanningWarning",
     "RuntimeContractError",
     "SolverError",
+    "UnguardedCaptureWarning",
     "VerificationError",
     "advise",
     "benchmark",

@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "steps": ("pipeline", "runtime", "rewrite", "profile", "capture", "upstream"),
     "module": ("steps", "pipeline", "options", "runtime", "profile", "capture", "upstream", "core"),
     "api": ("module", "steps", "pipeline", "options", "calls", "profile", "capture", "core"),
-    "integrations": ("api", "options"),
+    "integrations": ("api", "module", "options", "upstream"),
     "cli": ("", "api", "options", "calls", "core"),
     "": ("api", "core"),
     "__main__": ("cli",),

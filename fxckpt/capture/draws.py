@@ -27,8 +27,8 @@ def draws_refused() -> Iterator[None]:
     if drawn:
         raise CaptureError(
             f"forward draws random numbers from {' and '.join(drawn)}, and a graph would compute with the "
-            "first ones for ever. Draw them outside of the model and pass them, or what follows from them, as arguments, "
-            "or draw by torch (torch.rand), whose numbers graphs draw anew"
+            "first ones for ever. Draw outside of the model and pass what is drawn, or what follows from it, as "
+            "arguments, or draw by torch (torch.rand), whose numbers graphs draw anew"
         )
 
 

@@ -20,15 +20,16 @@ from fxckpt.capture.provenance import annotate, is_users
 from fxckpt.capture.roles import Input, InputKind
 from fxckpt.errors import CaptureError
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph, module_key
-from fxckpt.upstream.hooks import buffers_of, parameters_of
+from fxckpt.upstream.hooks import buffers_of, children_of, parameters_of
 from fxckpt.upstream.tensors import is_wrapper, storage_key
 
 _PART = re.compile(
     r"\._modules\['(?P<module>[^']+)'\]|\._parameters\['(?P<parameter>[^']+)'\]|\._buffers\['(?P<buffer>[^']+)'\]"
     r"|\.(?P<attribute>\w+)|\[(?P<item>[^]]+)\]"
 )
+_IN_DICT = re.compile(r"\.__dict__\['_(modules|parameters|buffers)'\]")
 _OTHER_MEMORY = frozenset({"set_", "set_data", "resize_", "swap_tensors"})
-_NOT_NAMED = ("__self__", "__closure__", "cell_contents", "forward", "__func__")
+_NOT_NAMED = ("__self__", "__dict__", "__closure__", "cell_contents", "forward", "__func__")
 
 
 class NewMemoryError(CaptureError):
@@ -43,12 +44,28 @@ class Given:
     path: str
 
 
-class Lifted(nn.Module):
-    """Dynamo's graph as a module whose parameters and buffers have the model's paths.
+class Held(nn.Module):
+    """Dynamo's graph as a module with nothing in it but the model's parameters and buffers, in their places."""
+
+    def __init__(self, graph: fx.GraphModule, given: Sequence[Given]) -> None:
+        super().__init__()
+        self._fxckpt = graph, given  # a tuple: the graph is no submodule
+
+    def forward(self, *arguments: torch.Tensor) -> Any:
+        """The graph's outputs, for those of its inputs that are arguments."""
+        graph, given = self._fxckpt
+        left = iter(arguments)
+        inputs = [next(left) if each.kind is InputKind.ARGUMENT else _find(self, each) for each in given]
+        return fx.Interpreter(graph).run(*inputs)
+
+
+class Lifted:
+    """Dynamo's graph, with the model's paths for what it is given.
 
     Attributes:
+        held: the graph as a module to capture.
         given: what each input of the graph is.
-        arguments: indices of the inputs that are arguments of this module's `forward`.
+        arguments: indices of the inputs that are arguments of `held`.
         likely: which outputs a backward most likely starts from, as `capture` takes it.
         unused_bytes: what the model's parameters and buffers take that the graph does not read [B].
     """
@@ -59,15 +76,16 @@ class Lifted(nn.Module):
         Raises:
             CaptureError: an input is no plain tensor, or the graph puts other memory behind one.
         """
-        super().__init__()
         for source, example in zip(graph.sources, graph.examples, strict=True):
             _check(source, example)
-        self._graph = [graph.module]  # not a submodule: it has no parameters of its own
+        self._module = graph.module
         self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
         self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
         self.likely = _likely(graph)
         self.unused_bytes = _unused_bytes(graph, model)
-        paths = {} if model is None else {module_key(module): name for name, module in model.named_modules()}
+        paths: dict[str, str] = {}
+        if model is not None:
+            paths = {module_key(module): name for name, module in model.named_modules()}
         for node in graph.module.graph.nodes:
             if node.op != "placeholder" and getattr(node.target, "__name__", node.target) in _OTHER_MEMORY:
                 raise NewMemoryError(
@@ -75,19 +93,14 @@ class Lifted(nn.Module):
                     "the like), which a plan can't. Write into the tensor instead: under torch.no_grad(), by copy_"
                 )
             annotate(node, _place(node, paths))
+        self.held = Held(graph.module, self.given)
         for given, example in zip(self.given, graph.examples, strict=True):
             if given.kind is not InputKind.ARGUMENT:
-                _put(self, given, example)
-
-    def forward(self, *arguments: torch.Tensor) -> Any:
-        """The graph's outputs."""
-        left = iter(arguments)
-        inputs = [next(left) if given.kind is InputKind.ARGUMENT else _find(self, given) for given in self.given]
-        return fx.Interpreter(self._graph[0]).run(*inputs)
+                _put(self.held, given, example)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> Any:
         """The graph's outputs for all its inputs, computed as eager computes them."""
-        return self._graph[0].forward(*inputs)
+        return self._module.forward(*inputs)
 
     def order(self, inputs: Sequence[Input]) -> tuple[int, ...]:
         """For each input of the captured graph the index of Dynamo's input that it is."""
@@ -101,7 +114,8 @@ class Lifted(nn.Module):
     ) -> JointGraph:
         """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
         arguments = [inputs[index] for index in self.arguments]
-        return capture(self, arguments, forward=self.forward, tangents=tangents, likely=self.likely, annotates=True)
+        held = self.held
+        return capture(held, arguments, forward=held.forward, tangents=tangents, likely=self.likely, annotates=True)
 
 
 def _check(source: str, example: Any) -> None:
@@ -118,8 +132,11 @@ def _check(source: str, example: Any) -> None:
 
 
 def _given(source: str, example: Any) -> Given:
+    source = _IN_DICT.sub(r"._\1", source)
     parts = [next((v, k) for k, v in match.groupdict().items() if v) for match in _PART.finditer(source)]
     names = [name.strip("'\"") for name, _ in parts if name not in _NOT_NAMED]
+    if source.startswith("number: "):
+        return Given(InputKind.ARGUMENT, "")
     kind = InputKind.ARGUMENT
     if isinstance(example, nn.Parameter) or (parts and parts[-1][1] == "parameter"):
         kind = InputKind.PARAMETER
@@ -152,19 +169,20 @@ def _distinct(given: list[Given]) -> list[Given]:
 def _put(root: nn.Module, given: Given, tensor: torch.Tensor) -> None:
     *modules, name = given.path.split(".")
     for module in modules:
-        if module not in root._modules:
-            root.add_module(module, nn.Module())
-        root = root.get_submodule(module)
-    held: dict[str, Any] = parameters_of(root) if given.kind is InputKind.PARAMETER else buffers_of(root)
-    held[name] = tensor
+        root = children_of(root).setdefault(module, nn.Module())  # type: ignore[assignment]
+    _place_of(root, given)[name] = tensor
 
 
 def _find(root: nn.Module, given: Given) -> Any:
     *modules, name = given.path.split(".")
     for module in modules:
-        root = root._modules[module]  # type: ignore[assignment]
-    held: dict[str, Any] = parameters_of(root) if given.kind is InputKind.PARAMETER else buffers_of(root)
-    return held[name]
+        root = children_of(root)[module]  # type: ignore[assignment]
+    return _place_of(root, given)[name]
+
+
+def _place_of(module: nn.Module, given: Given) -> dict[str, Any]:
+    held: dict[str, Any] = parameters_of(module) if given.kind is InputKind.PARAMETER else buffers_of(module)
+    return held
 
 
 def _unused_bytes(graph: TracedGraph, model: nn.Module | None) -> int:

@@ -12,6 +12,7 @@ from torch import fx
 from fxckpt.errors import CaptureError
 from fxckpt.upstream import aot
 from fxckpt.upstream.aot import OutputType
+from fxckpt.upstream.operators import UNSAFE_VIEW
 
 
 class InputKind(Enum):
@@ -182,7 +183,7 @@ def _outputs(
     return tuple(outputs), tuple(results)
 
 
-_SAME_VALUE = frozenset({torch.ops.aten._unsafe_view.default, torch.ops.aten.alias.default})
+_SAME_VALUE = frozenset({UNSAFE_VIEW, torch.ops.aten.alias.default})
 
 
 def _leads_on(node: fx.Node, ends: set[fx.Node]) -> bool:

@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="fxckpt", options={"memory_budget": "8GB"})`: each graph planned and run as one step.
 
-The entry point in the group `torch_dynamo_backends` makes the name known to `torch._dynamo.list_backends()`.
+The entry point in the group `torch_dynamo_backends` makes the name known to torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def fxckpt(
             "the plain model's peak"
         )
     budget = given.pop("memory_budget")
-    planned = PlannedGraph(Planning(read_options(budget, given)), traced_graph(module, examples), None)  # type: ignore[arg-type]
+    planned = PlannedGraph(Planning(read_options(budget, given)), traced_graph(module, examples), None)
 
     def run(*inputs: Any) -> Any:
         try:

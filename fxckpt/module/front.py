@@ -178,7 +178,7 @@ class Front:
             check_plannable(self._model)
         if graph.checkpointed:
             say_bypassed()
-        self.draws |= any(source.startswith("random_value") for source in graph.sources)
+        self.draws |= any("random_value" in source for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, self._model)
         self._graphs.append(planned)
         return planned.run_weakly()
@@ -191,7 +191,7 @@ class PlannedGraph:
         self._planning = planning
         self._lifted = Lifted(graph, model)
         given = self._lifted.given
-        self._parameters = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
+        self._parameter_places = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
         self._arguments = self._lifted.arguments
         self._entries: dict[_Key, Entry | None] = {}
         self._orders: dict[int, tuple[int, ...]] = {}
@@ -239,10 +239,10 @@ class PlannedGraph:
         return put_together(compiled.profile.joint.outputs, iter(results))
 
     def _key(self, inputs: Sequence[torch.Tensor]) -> _Key:
-        parameters = [inputs[i] for i in self._parameters]
+        parameters = [inputs[i] for i in self._parameter_places]
         return (
             any(p.grad is not None for p in parameters),
-            with_accumulation_hooks(zip(self._parameters, parameters, strict=True)),
+            with_accumulation_hooks(zip(self._parameter_places, parameters, strict=True)),
             tuple([inputs[i].is_leaf for i in self._arguments]),
             Ambient.now(),
         )
@@ -285,7 +285,7 @@ class PlannedGraph:
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
-        parameters = [inputs[i] for i in self._parameters]
+        parameters = [inputs[i] for i in self._parameter_places]
         unused_bytes = self._lifted.unused_bytes
         options = self._planning.options
         return profile_of(joint, options, parameters, gradients_allocated=key[0], unused_bytes=unused_bytes)
@@ -308,7 +308,7 @@ class PlannedGraph:
         trial = replace(entry, captured=dict(entry.captured), bridges={})
         arguments, structure = take_apart((tuple(inputs[i] for i in self._arguments), {}))
         other_backward = functools.partial(self._other_backward, trial, entry.expected, inputs)
-        check_same_step(self._lifted, entry.expected, structure, arguments, other_backward)
+        check_same_step(self._lifted.held, entry.expected, structure, arguments, other_backward)
         self._planning.latest = entry.expected
 
     def _backward_for(self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Program:

@@ -31,7 +31,6 @@ from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream import pytree
-from fxckpt.upstream.dynamo import NotTraced
 
 
 class Unguarded:
@@ -200,11 +199,11 @@ def _has_generator(value: Any) -> bool:
 
 
 def _say_unguarded(reason: Exception | None) -> None:
-    if isinstance(reason, NotTraced):
+    if reason is not None:
         warnings.warn(
-            "TorchDynamo can't trace the model, so it was captured by calling its forward once. Beside tensors, modes "
-            "and the numbers, flags and texts that are attributes of modules, what forward reads from Python stays as "
-            f"it is now, whatever changes. TorchDynamo says: {reason}",
+            "TorchDynamo's way to capture the model failed, so it was captured by calling its forward once. Beside "
+            "tensors, modes and the numbers, flags and texts that are attributes of modules, what forward reads from "
+            f"Python stays as it is now, whatever changes. The reason: {reason}",
             UnguardedCaptureWarning,
             stacklevel=5,
         )

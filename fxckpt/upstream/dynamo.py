@@ -19,7 +19,8 @@ from torch._dynamo import config, convert_frame, eval_frame, exc
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.errors import FxckptError
-from fxckpt.upstream.answers import Floats, Seen, answers, is_exact
+from fxckpt.upstream.answers import Seen, answers
+from fxckpt.upstream.floats import Floats, is_exact
 
 _SETTINGS: dict[str, Any] = {
     "accumulated_recompile_limit": sys.maxsize,
@@ -57,7 +58,7 @@ class TracedGraph:
     Attributes:
         module: the graph. It takes flat tensors and returns them.
         examples: the tensors of the call that it was made in.
-        sources: for each of them where Dynamo finds it, as Python code.
+        sources: for each of them where Dynamo finds it, as Python code; behind "number: " if it is a number.
         loss: index of the output that the function returns as `loss`, if there is one.
         checkpointed: the function checkpoints activations itself.
     """
@@ -133,7 +134,7 @@ def traced_graph(module: fx.GraphModule, examples: Sequence[Any], seen: Seen | N
     """A graph as Dynamo hands it to a backend, and what was `seen` while it was made."""
     seen = seen or Seen()
     placeholders = [node for node in module.graph.nodes if node.op == "placeholder"]
-    sources = [_source(node) for node in placeholders]
+    sources = ["number: " * _is_number(node) + _source(node) for node in placeholders]
     returned: Any = module.graph.output_node().args[0]
     names = [getattr(node, "name", None) for node in returned]
     loss = names.index(seen.loss) if seen.loss in names else None
@@ -149,6 +150,12 @@ def _source(node: fx.Node) -> str:
     """Where Dynamo finds the tensor that an input of a graph stands for, "" if that is unknown."""
     given = node.meta.get("grapharg")
     return "" if given is None or given.source is None else str(given.source.name)
+
+
+def _is_number(node: fx.Node) -> bool:
+    """Whether an input of a graph stands for a number of Python's."""
+    given = node.meta.get("grapharg")
+    return given is not None and given.pass_arg_as_tensor
 
 
 def _weakly(owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:

@@ -52,7 +52,10 @@ def gradient_hooks_of(tensor: torch.Tensor) -> dict[int, Any] | None:
 
 
 def with_accumulation_hooks(parameters: Iterable[tuple[Key, torch.Tensor | None]]) -> frozenset[Key]:
-    """Names, or numbers, of the parameters for which something is called when their gradient is there, and may change them then."""
+    """Names, or numbers, of the parameters for which something is called when their gradient is there.
+
+    It may change them then.
+    """
     return frozenset([name for name, p in parameters if p is not None and p._post_accumulate_grad_hooks])
 
 

@@ -51,7 +51,7 @@ def answer(variable: Any) -> bool | int | float | None:
         if source is None:
             return None
         install_guard(source.make_guard(guard))
-    return number  # type: ignore[no-any-return]
+    return number
 
 
 def _same(node: fx.Node, steps: Steps, given: fx.Node, number: Any) -> Callable[[torch.Tensor], bool]:
@@ -81,7 +81,8 @@ def _collect(node: fx.Node, steps: Steps, inputs: dict[fx.Node, torch.Tensor]) -
         if any(_changes(_name(user)) and user.args and user.args[0] is source for user in source.users):
             raise _Unknown
         _collect(source, steps, inputs)
-    function = functools.partial(_method, str(node.target)) if node.op == "call_method" else node.target
+    target: Any = node.target
+    function = functools.partial(_method, str(target)) if node.op == "call_method" else target
     steps[node] = function, args, dict(node.kwargs)
 
 
