@@ -160,7 +160,7 @@ def _distinct(given: list[Given]) -> list[Given]:
         path, number = each.path, 1
         while each.path and (path in taken or any(t.startswith(f"{path}.") or path.startswith(f"{t}.") for t in taken)):
             number += 1
-            path = f"{each.path}_{number}"
+            path = f"{each.path.replace('.', '_')}_{number}"  # at the top, where nothing is within it
         taken |= {path} - {""}
         found.append(Given(each.kind, path))
     return found

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from fxckpt.errors import PlanBypassedWarning
+from fxckpt.capture.structure import take_apart
+from fxckpt.errors import CaptureError, PlanBypassedWarning
 from fxckpt.upstream import pytree
 
 _PLANNED = "_HeadBackward"
@@ -40,13 +41,21 @@ class Bypasses:
 
 def wants_gradients(value: Any) -> bool:
     """Whether a backward could start from a tensor in a nested value."""
-    return any(isinstance(x, torch.Tensor) and x.grad_fn is not None for x in pytree.tree_leaves(value))
+    return any(x.grad_fn is not None for x in _tensors(value))
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors in a nested value, also inside of objects."""
+    try:
+        return take_apart(value)[0]
+    except CaptureError:  # an object that can't be looked into
+        return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
 def reaches(value: Any, parameters: Iterable[torch.Tensor]) -> bool:
     """Whether a backward from a nested value would reach one of the parameters other than through a planned step."""
     wanted = {id(parameter) for parameter in parameters}
-    pending: list[Any] = [x.grad_fn for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
+    pending: list[Any] = [x.grad_fn for x in _tensors(value)]
     seen: set[Any] = {None}
     while pending:
         node = pending.pop()

@@ -176,8 +176,6 @@ class Front:
     def _make(self, graph: TracedGraph) -> Callable[..., Any]:
         if self._model is not None:
             check_plannable(self._model)
-        if graph.checkpointed:
-            say_bypassed()
         self.draws |= any("random_value" in source for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, self._model)
         self._graphs.append(planned)
@@ -188,7 +186,7 @@ class PlannedGraph:
     """One graph of Dynamo's, with its plans for each state of what Dynamo does not guard."""
 
     def __init__(self, planning: Planning, graph: TracedGraph, model: nn.Module | None) -> None:
-        self._planning = planning
+        self._planning, self._checkpointed = planning, graph.checkpointed
         self._lifted = Lifted(graph, model)
         given = self._lifted.given
         self._parameter_places = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
@@ -285,6 +283,8 @@ class PlannedGraph:
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
+        if self._checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
+            say_bypassed()
         parameters = [inputs[i] for i in self._parameter_places]
         unused_bytes = self._lifted.unused_bytes
         options = self._planning.options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,15 +39,20 @@ def profile_call(
     Raises:
         CaptureError: the model can't be captured as one graph.
     """
+    traced = functools.partial(
+        profile_step, model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated
+    )
+    if options.front == "trace":
+        return traced()
     tensors, structure = take_apart((tuple(args), kwargs))
     device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
 
     def make(graph: TracedGraph) -> Callable[..., Any]:
-        if graph.checkpointed:
-            say_bypassed()
         lifted = Lifted(graph, model)
 
         def profile(*inputs: torch.Tensor) -> Any:
+            if graph.checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
+                say_bypassed()
             joint = replace(lifted.capture(inputs), device=device)
             parameters, unused_bytes = model.parameters(), lifted.unused_bytes
             raise _Profiled(
@@ -65,4 +71,4 @@ def profile_call(
         return end.profile
     except (NotTraced, CaptureError):
         pass
-    return profile_step(model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated)
+    return traced()

@@ -73,7 +73,7 @@ class Unguarded:
             tensors, structure = take_apart((tuple(args), kwargs))
             entry = self._entry(tensors, structure, args, kwargs)
         except Exception as error:
-            if isinstance(error, FxckptError) and not isinstance(error, CaptureError):
+            if reason is None or (isinstance(error, FxckptError) and not isinstance(error, CaptureError)):
                 raise
             what = str(error) if isinstance(error, CaptureError) else "the model can't be captured as one graph"
             if _has_generator((args, kwargs, [list(vars(m).values()) for m in self._plain.modules()])):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -13,7 +14,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fxckpt.errors import FxckptError
+from fxckpt.errors import FxckptError, UnguardedCaptureWarning
 from fxckpt.profile.estimate import CPU_ATTENTION_FLOPS
 from fxckpt.steps.step import Measurement, TrainingStep, measurement_of, timed_in_turn
 from fxckpt.units import format_bytes, format_us
@@ -128,7 +129,10 @@ def gradients_of(step: TrainingStep) -> list[Tensor | None]:
 
 def flops_of(step: TrainingStep) -> int:
     """FLOPs of the matrix products, convolutions and attention that a step really runs."""
-    with step.without_trace(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    with step.without_trace(), warnings.catch_warnings(), counter:
+        # The counter hangs hooks on modules, which Dynamo can't trace: for its one step the model is captured without.
+        warnings.simplefilter("ignore", UnguardedCaptureWarning)
         step.run()
     return int(counter.get_total_flops())
 

@@ -579,7 +579,7 @@ def test_nothing_leaks(retain: bool) -> None:
         if number >= 12:
             gc.collect()
             counts.append(live_tensors())
-    assert counts[-1] == counts[0]
+    assert counts[-1] <= counts[0]  # what capturing left behind may go late
 
 
 @pytest.mark.slow

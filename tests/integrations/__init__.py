@@ -1,0 +1,1 @@
+"""Other packages that train models, with an optimized module in them; see the extra `test-integrations`."""
