@@ -93,20 +93,20 @@ def lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
         for storage in op.reads:
             if storage in current:  # what is there before the step has no copies
                 dies[current[storage]] = step
-        reads = [current[s] for s in op.reads if s in current] if flying else []
         for storage in op.replay:
             if again:
                 dies[current[storage]] = step
             else:
                 write(storage, step, again=False)
+        used = [current[s] for s in (*op.reads, *(op.replay if again else ())) if s in current] if flying else []
         again = again and index < plain_count
         for storage in op.writes:
             write(storage, step, again)
         if flying:
             if index in graph.asynchronous:
-                flights.start(step, reads, (current[s] for s in op.writes))
+                flights.start(step, used, (current[s] for s in op.writes))
             else:
-                flights.wait(step, reads)
+                flights.wait(step, used)
             flights.wait(step, (first[s] for s in leaving.get(step, ()) if s in first))
 
     for storage in graph.outputs:

@@ -294,7 +294,8 @@ def test_memory_is_not_free_before_all_that_uses_it_has_ended(drawn: tuple[Graph
     timeline = simulate(graph, schedule)
     hours = timeline.clocks
     for step, index in enumerate(schedule.order):
-        used = {*graph.ops[index].reads, *graph.ops[index].writes}
+        op = graph.ops[index]
+        used = {*op.reads, *op.writes, *(op.replay if index in schedule.order[:step] else ())}
         for life in timeline.lifetimes:
             if life.storage in used and life.born <= step <= life.dies < len(schedule) - 1:
                 newer = [x.born for x in timeline.lifetimes if x.storage == life.storage and life.born < x.born <= step]
