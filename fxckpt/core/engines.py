@@ -76,7 +76,8 @@ def clocks(graph: Graph, schedule: Schedule) -> Clocks:
             end = free[op.engine] = max(now, there, free.get(op.engine, 0.0)) + op.time_us
             ready |= dict.fromkeys(op.writes, end)
         end_us.append(end)
-        first = dict.fromkeys(op.writes, end) | first
+        for storage in op.writes:
+            first.setdefault(storage, end)
         left = max((first[s] for s in leaving.get(step, ()) if s in first), default=0.0)
         waited.append(max(left - now, 0.0))
         now = max(now, left)
