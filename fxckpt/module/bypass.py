@@ -33,7 +33,7 @@ class Bypasses:
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(
-                f"{reason}, so this call ran without a plan: all activations are kept, whatever the budget",
+                f"{reason}, so this call ran without its plan: all activations are kept, whatever the budget",
                 PlanBypassedWarning,
                 stacklevel=stacklevel + 1,
             )

@@ -5,17 +5,19 @@ Settings of Dynamo are changed for the time of a compilation and in the thread t
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dynamo import config, convert_frame, eval_frame, exc
+from torch.distributions import Distribution
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.errors import FxckptError
@@ -94,9 +96,10 @@ class Traced:
         self._floats = Floats()
         owner = _in_own_code(function)
         backend, note_failure = _weakly(self, Traced._graph), _weakly(self, Traced._note_failure)
-        context: Any = torch._dynamo.optimize(
-            backend, nopython=one_graph, dynamic=False, isolate_recompiles=True, guard_fail_fn=note_failure
-        )
+        with _validation_kept():
+            context: Any = torch._dynamo.optimize(
+                backend, nopython=one_graph, dynamic=False, isolate_recompiles=True, guard_fail_fn=note_failure
+            )
         context.callback = _Callback(context.callback, self._floats, _weakly(self, Traced._begin))
         self._call = context(owner)
         self._code = owner.__code__
@@ -167,6 +170,16 @@ def _weakly(owner: Any, method: Callable[..., Any]) -> Callable[..., Any]:
         return None if alive is None else method(alive, *args)
 
     return call
+
+
+@contextlib.contextmanager
+def _validation_kept() -> Iterator[None]:
+    """Dynamo turns the checks of `torch.distributions` off for the whole process when it is first used: they stay."""
+    before = Distribution._validate_args
+    try:
+        yield
+    finally:
+        Distribution._validate_args = before
 
 
 def _reset(code: types.CodeType) -> None:
