@@ -28,6 +28,7 @@ from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.steps.comparison import Comparison, compare
 from fxckpt.steps.step import Measurement, TrainingStep, measure_step
 from fxckpt.units import within
+from fxckpt.upstream.tensors import device_of
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -87,7 +88,7 @@ def optimize(
     if example_inputs is not None or example_kwargs is not None:
         planner.prepare(_arguments(example_inputs), dict(example_kwargs or {}))
     elif memory_budget is None:
-        free_bytes(next((p.device for p in model.parameters()), torch.device("cpu")))  # to fail now rather than later
+        free_bytes(device_of(model.parameters()))  # to fail now rather than later
     return cast(Model, result)
 
 

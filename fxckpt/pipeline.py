@@ -25,7 +25,7 @@ from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.rewrite.backends import python
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.rewrite.verify import verify
-from fxckpt.runtime.autograd import Program
+from fxckpt.runtime.autograd import Program, Tangents
 from fxckpt.units import format_bytes, within
 
 
@@ -36,6 +36,12 @@ class Compiled:
     profile: Profile
     plan: Plan
     program: Program
+
+    def numbered(self, present: Tangents) -> dict[int, tuple[int, ...]]:
+        """The tangents `present` as `capture` takes them: strides by the number of the output among those with one."""
+        outputs = self.profile.joint.roles.outputs
+        strides = {outputs[index].tangent_number: stride for index, stride in present}
+        return {number: stride for number, stride in strides.items() if number is not None}
 
 
 def profile_step(

@@ -13,10 +13,10 @@ from types import FrameType
 
 from torch import Tensor
 
+from fxckpt.upstream.bytecode import PASSED, Code, branches
 from fxckpt.upstream.ops.expect import EXPECT
 
-_PASSED = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
-"""Instructions that may stand between a question and the branch that it decides."""
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
 
 def answer_without_error(tensor: Tensor, frame: FrameType) -> bool | None:
@@ -37,21 +37,22 @@ def _way_without_error(frame: FrameType) -> bool | None:
     at, negated = bisect_right(list(place), frame.f_lasti) - 1, False  # a call is followed by a cache of its own
     if code[at].opname == "PRECALL":  # python 3.11 calls some functions a step early
         at += 1
-    if not _branches(code[at]) and code[at].opname not in _PASSED:
+    if not branches(code[at].opname) and code[at].opname not in PASSED:
         at += 1
-    while not _branches(code[at]):
-        if code[at].opname in _PASSED:
+    while not branches(code[at].opname):
+        if code[at].opname in PASSED:
             negated ^= code[at].opname == "UNARY_NOT"
             at += 1
         elif _is_read_back(code, at):
             at += 2
         else:
             return None
-    if "NONE" in code[at].opname:
-        return None
-    ends = {"TRUE" in code[at].opname: place[code[at].argval], "FALSE" in code[at].opname: at + 1}
-    raising = [value for value, start in ends.items() if _raises(code, place, start)]
-    return None if len(raising) != 1 else (not raising[0]) ^ negated
+
+    def target(at: int) -> int | None:
+        return place[code[at].argval] if code[at].opcode in _JUMPS else None
+
+    answer = Code([each.opname for each in code], target).way_without_error(at)
+    return None if answer is None else answer ^ negated
 
 
 def _is_read_back(code: list[dis.Instruction], at: int) -> bool:
@@ -60,31 +61,3 @@ def _is_read_back(code: list[dis.Instruction], at: int) -> bool:
         "LOAD_FAST",
         code[at].argval,
     )
-
-
-def _branches(instruction: dis.Instruction) -> bool:
-    return "JUMP" in instruction.opname and "_IF_" in instruction.opname
-
-
-def _raises(code: list[dis.Instruction], place: dict[int, int], start: int) -> bool:
-    """Whether every way on from an instruction ends in `raise`."""
-    seen: set[int] = set()
-    pending, raises = [start], False
-    while pending:
-        at = pending.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        name = code[at].opname
-        if name.startswith(("RETURN", "YIELD")):
-            return False
-        if name in ("RAISE_VARARGS", "RERAISE"):
-            raises = True
-            continue
-        if code[at].opcode in dis.hasjrel or code[at].opcode in dis.hasjabs:
-            pending.append(place[code[at].argval])
-            if not name.startswith("JUMP") or _branches(code[at]):
-                pending.append(at + 1)
-        else:
-            pending.append(at + 1)
-    return raises

@@ -28,6 +28,7 @@ from fxckpt.upstream import pytree
 from fxckpt.upstream.dispatch import describes_op, really_computed
 from fxckpt.upstream.fakes import traced_tensors_have
 from fxckpt.upstream.generators import DrawsRefused, RandomDraw
+from fxckpt.upstream.operators import changes_by_name
 from fxckpt.upstream.patching import attribute_replaced
 
 _MADE_OF_NOTHING: frozenset[Any] = frozenset(
@@ -70,9 +71,6 @@ _READS: frozenset[Any] = frozenset(
         Tensor.tolist,
     }
 )
-_CHANGES = frozenset(
-    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-) | {"__setitem__", "__set__"}
 _UNKNOWN_PARTS = ("empty", "resize")
 _FAILURES = (RuntimeError, IndexError, ValueError, RandomDraw)
 _MOST_ELEMENTS = 2**20
@@ -158,7 +156,7 @@ class Constants(TorchFunctionMode):
             self.asked |= arguments
             if all(self._values[number] is not None for number in arguments):
                 return self._compute(func, args, kwargs)
-        changes = _changes(func, kwargs)
+        changes = changes_by_name(_name(func), kwargs)
         if changes and known:  # else other views of what is changed would not tell what it depends on now
             known = all(self._known[x].arguments == arguments for x in given)
         known = known and not any(part in _name(func) for part in _UNKNOWN_PARTS)
@@ -187,7 +185,7 @@ class Constants(TorchFunctionMode):
     ) -> None:
         """Compute what was just traced; values of results that are too large, or drawn at random, are not known."""
         made = pytree.tensors_in(result)
-        if not made and not _changes(func, kwargs):
+        if not made and not changes_by_name(_name(func), kwargs):
             return
         values = None
         if sum(x.numel() for x in made) <= _MOST_ELEMENTS:
@@ -196,7 +194,7 @@ class Constants(TorchFunctionMode):
         if values is not None and len(values) == len(made):
             for tensor, value in zip(made, values, strict=True):
                 self._known[tensor] = _Known(value, arguments)
-        elif _changes(func, kwargs):
+        elif changes_by_name(_name(func), kwargs):
             self._known.clear()
 
     def _compute(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -214,12 +212,6 @@ class Constants(TorchFunctionMode):
 
 def _real(device: str | torch.device) -> str | torch.device:
     return "cpu" if str(device) == "meta" else device
-
-
-def _changes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function changes what it is given."""
-    name = _name(func)
-    return name in _CHANGES or "out" in kwargs or (name.endswith("_") and not name.endswith("__"))
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -19,9 +19,10 @@ from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.capture.provenance import annotate, is_users
 from fxckpt.capture.roles import Input, InputKind
 from fxckpt.errors import CaptureError
+from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph, module_key
 from fxckpt.upstream.hooks import buffers_of, children_of, parameters_of
-from fxckpt.upstream.tensors import is_wrapper, storage_key
+from fxckpt.upstream.tensors import is_wrapper, memory_bytes, storage_key
 
 _PART = re.compile(
     r"\._modules\['(?P<module>[^']+)'\]|\._parameters\['(?P<parameter>[^']+)'\]|\._buffers\['(?P<buffer>[^']+)'\]"
@@ -78,7 +79,7 @@ class Lifted:
         """
         for source, example in zip(graph.sources, graph.examples, strict=True):
             _check(source, example)
-        self._module = graph.module
+        self._module, self._checkpointed = graph.module, graph.checkpointed
         self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
         self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
         self.likely = _likely(graph)
@@ -113,6 +114,8 @@ class Lifted:
         self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, tuple[int, ...]] | None = None
     ) -> JointGraph:
         """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
+        if self._checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
+            say_bypassed()
         arguments = [inputs[index] for index in self.arguments]
         held = self.held
         return capture(held, arguments, forward=held.forward, tangents=tangents, likely=self.likely, annotates=True)
@@ -188,9 +191,8 @@ def _place_of(module: nn.Module, given: Given) -> dict[str, Any]:
 def _unused_bytes(graph: TracedGraph, model: nn.Module | None) -> int:
     if model is None:
         return 0
-    held = {storage_key(x): x.untyped_storage().nbytes() for x in (*model.parameters(), *model.buffers())}
     read = {storage_key(x) for x in graph.examples}
-    return sum(size_bytes for key, size_bytes in held.items() if key not in read)
+    return memory_bytes(x for x in (*model.parameters(), *model.buffers()) if storage_key(x) not in read)
 
 
 def _likely(graph: TracedGraph) -> frozenset[int] | None:

@@ -32,6 +32,7 @@ from fxckpt.upstream.meta import made_present
 from fxckpt.upstream.ops.expect import checks_kept
 from fxckpt.upstream.ops.layout import LAID_OUT
 from fxckpt.upstream.strides import right_strides, right_views
+from fxckpt.upstream.tensors import device_of
 
 _ONE_AT_A_TIME = threading.RLock()
 """Patches are seen by the capturing thread alone, but what torch numbers and names while it traces is not: others that
@@ -94,7 +95,7 @@ def capture(
     modules = {id(module): name for name, module in model.named_modules()}
     constants = Constants(tensors)
     traced = FunctionalModel(model, call, inputs, [x.is_leaf for x in tensors], constants)
-    device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
+    device = device_of((*model.parameters(), *tensors))
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),

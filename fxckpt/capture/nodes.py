@@ -11,6 +11,7 @@ from torch import fx
 
 from fxckpt.upstream.operators import HigherOrderOperator, changes_arguments, is_operator, returns_nothing
 from fxckpt.upstream.pytree import tensors_in
+from fxckpt.upstream.tensors import device_of
 
 _NEVER_REPEATED_NAMESPACES = frozenset(("_c10d_functional", "c10d", "c10d_functional"))
 _RANDOM_ATEN = (torch.Tag.nondeterministic_seeded,)
@@ -28,8 +29,7 @@ def tensors(node: fx.Node) -> list[torch.Tensor]:
 
 def device(node: fx.Node) -> torch.device:
     """Where the node's first result is, else the first of its inputs."""
-    nearby = tensors_in([value(node), *map(value, node.all_input_nodes)])
-    return nearby[0].device if nearby else torch.device("cpu")
+    return device_of(tensors_in([value(node), *map(value, node.all_input_nodes)]))
 
 
 def is_random(node: fx.Node) -> bool:

@@ -13,6 +13,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -37,39 +38,47 @@ class Provenance(TorchFunctionMode):
         """`modules` maps the id of each submodule to its path."""
         super().__init__()
         self._paths = modules
+        self._codes: dict[int, tuple[CodeType, bool, bool]] = {}  # by id: is it the user's, does it name a `self`
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        place = locate(self._paths)
-        if place != ("", ""):
-            meta = fx_traceback.get_current_meta()
-            meta["custom"] = {**meta.get("custom", {}), _KEY: place}
+        _note(fx_traceback.get_current_meta(), self._place(sys._getframe(1)))
         return func(*args, **(kwargs or {}))
+
+    def _place(self, frame: FrameType | None) -> tuple[str, str]:
+        """Module path and "file:line" of the code that is running in a frame; "" where there is none."""
+        module: str | None = None
+        source = ""
+        while frame is not None and (module is None or not source):
+            code = frame.f_code
+            try:
+                _, users, names_self = self._codes[id(code)]
+            except KeyError:
+                _, users, names_self = self._codes[id(code)] = code, is_users(code.co_filename), _names_self(code)
+            if users and not source:
+                source = f"{code.co_filename}:{frame.f_lineno}"
+            if names_self and module is None:
+                owner = frame.f_locals.get("self")
+                if isinstance(owner, nn.Module):
+                    module = self._paths.get(id(owner))
+            frame = frame.f_back
+        return module or "", source
+
+
+def _names_self(code: CodeType) -> bool:
+    """Whether locals are worth a look: they are a dict made anew each time."""
+    return "self" in (*code.co_varnames, *code.co_freevars) and not is_call_of_module(code)
 
 
 def annotate(node: fx.Node, place: tuple[str, str]) -> None:
     """What is traced while `node` is interpreted comes from this place, as far as it is known."""
+    _note(node.meta, place)
+
+
+def _note(meta: dict[str, Any], place: tuple[str, str]) -> None:
     if place != ("", ""):
-        node.meta["custom"] = {**node.meta.get("custom", {}), _KEY: place}
-
-
-def locate(modules: Mapping[int, str], frame: Any = None) -> tuple[str, str]:
-    """Module path and "file:line" of the code that is running (or of `frame`); "" where there is none."""
-    frame = frame or sys._getframe(2)
-    module: str | None = None
-    source = ""
-    while frame is not None and (module is None or not source):
-        code = frame.f_code
-        if not source and is_users(code.co_filename):
-            source = f"{code.co_filename}:{frame.f_lineno}"
-        names_self = "self" in code.co_varnames or "self" in code.co_freevars  # else spare the dict of locals
-        if module is None and names_self and not is_call_of_module(code):
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module):
-                module = modules.get(id(owner))
-        frame = frame.f_back
-    return module or "", source
+        meta["custom"] = {**meta.get("custom", {}), _KEY: place}
 
 
 def is_users(filename: str) -> bool:
@@ -88,14 +97,14 @@ def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
     places: dict[fx.Node, tuple[str, str]] = {}
     by_sequence: dict[int, tuple[str, str]] = {}
     for node in graph.nodes:
-        place = node.meta.get("custom", {}).get(_KEY)
+        place = noted_place(node)
         sequence = node.meta.get("seq_nr")
         is_backward = node.meta.get("partitioner_tag") == "is_backward"
-        if place and not is_backward:
+        if place != ("", "") and not is_backward:
             by_sequence[sequence] = place
         if "Gradient addition" in node.meta.get("stack_trace", ""):  # it carries no sequence number of its own
-            place = places.get(node.all_input_nodes[-1])
+            place = places.get(node.all_input_nodes[-1], place)
         elif is_backward:
             place = by_sequence.get(sequence, place)
-        places[node] = place or ("", "")
+        places[node] = place
     return places

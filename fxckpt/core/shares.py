@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxckpt.core.graph import RESIDENT
+from fxckpt.core.graph import RESIDENT, Graph
 from fxckpt.core.simulate import Timeline
 
 
@@ -33,12 +33,17 @@ class Offer:
     def of(cls, timeline: Timeline) -> Offer:
         """What a simulated step adds to what is there anyway: parameters, buffers, allocated gradients, reserve."""
         graph = timeline.graph
-        inputs_bytes = sum(s.size_bytes for s in graph.storages if s.kind == "input")
-        shared_bytes = graph.static_bytes - inputs_bytes
+        shared_bytes = resident_bytes(graph)
+        inputs_bytes = graph.static_bytes - shared_bytes
         own = frozenset(s for s in graph.outputs if graph.storages[s].kind not in RESIDENT)
         outputs_bytes = sum(graph.storages[s].size_bytes for s in own)
         held_bytes = inputs_bytes + outputs_bytes + timeline.saved_bytes
         return cls(held_bytes, timeline.peak_bytes - shared_bytes, timeline.step_us)
+
+
+def resident_bytes(graph: Graph) -> int:
+    """What is there whether or not a call runs: parameters, buffers, allocated gradients, reserve [B]."""
+    return graph.static_bytes - graph.bytes_of(i for i, s in enumerate(graph.storages) if s.kind == "input")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from fxckpt.capture.constants import only_value
-from fxckpt.capture.structure import Structure
+from fxckpt.capture.structure import Structure, put_together
 from fxckpt.capture.watch import Signature, Watch, watch
 from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
 from fxckpt.core.schedule import Schedule
 from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.errors import InvalidScheduleError, RuntimeContractError
-from fxckpt.module.ledger import Kin
+from fxckpt.module.ledger import Kin, ledger
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, make_bridge
 from fxckpt.profile.build import Profile
-from fxckpt.runtime.autograd import Program, Tangents
+from fxckpt.runtime.autograd import Program, Tangents, run_forward
 from fxckpt.upstream.ambient import Ambient
 
 Values = tuple[int | None, ...]
@@ -90,6 +92,27 @@ class Entry:
             )
             self._variants[key] = self.compile(replace(expected.profile, graph=graph), plan)
         return self._variants[key]
+
+    def run(
+        self,
+        given: Callable[[Compiled], Sequence[torch.Tensor]],
+        other_backward: Callable[[Compiled, Tangents], Program],
+    ) -> Any:
+        """The outputs of a call, by what its step has room for.
+
+        Args:
+            given: the tensors for the inputs of what runs.
+            other_backward: what a backward from other outputs runs, behind what ran.
+        """
+        compiled, seat = ledger().take(self)
+        try:
+            results = run_forward(
+                compiled.program, given(compiled), functools.partial(other_backward, compiled), seat.leave
+            )
+        except BaseException:
+            seat.leave()
+            raise
+        return put_together(compiled.profile.joint.outputs, iter(results))
 
     def all_compiled(self) -> Iterator[Compiled]:
         """Everything that it may run."""

@@ -15,7 +15,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,19 +24,17 @@ from torch import nn
 
 from fxckpt.capture.front import Lifted
 from fxckpt.capture.roles import InputKind
-from fxckpt.capture.structure import put_together, take_apart
+from fxckpt.capture.structure import take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import ReplanningWarning
 from fxckpt.module.entries import Entry
-from fxckpt.module.ledger import ledger
 from fxckpt.module.refused import check_plannable
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_of
 from fxckpt.profile.build import Profile
-from fxckpt.runtime.autograd import Program, Tangents, run_forward
+from fxckpt.runtime.autograd import Program, Tangents
 from fxckpt.steps.equivalence import check_same_step
 from fxckpt.upstream.ambient import Ambient
-from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import NOT_MEANWHILE, Traced, TracedGraph
 from fxckpt.upstream.hooks import with_accumulation_hooks
 
@@ -91,9 +89,19 @@ class Planning:
         with contextlib.suppress(KeyError):  # another thread may just have forgotten it
             self.kept.move_to_end(id(entry))
 
-    def compile(self, profile: Profile, hooked: frozenset[int]) -> Compiled:
-        """A runnable plan of a profiled step; `hooked` are the inputs that hooks may change during backward."""
-        plan = make_plan(profile, self.options, self.plans)
+    def compile(self, profile: Profile, hooked: frozenset[int], *, other_outputs: bool = False) -> Compiled:
+        """A runnable plan of a profiled step.
+
+        Args:
+            profile: the step.
+            hooked: indices of the inputs that hooks may change during backward.
+            other_outputs: whether backward starts from others than the most likely ones. A plan that the user gave is
+                for those; its budget holds for these, too.
+        """
+        options = self.options
+        if other_outputs and options.plan is not None:
+            options = replace(options, plan=None, budget=options.plan.budget_bytes)
+        plan = make_plan(profile, options, self.plans)
         self.plans.append(plan)
         return self.runnable(profile, plan, hooked)
 
@@ -103,6 +111,62 @@ class Planning:
         annotate(profile, plan)
         self.latest = Compiled(profile, plan, program)
         return self.latest
+
+    def entry(
+        self,
+        signature: Hashable,
+        twin: Entry | None,
+        profile: Callable[[], Profile],
+        compile: Callable[[Profile], Compiled],  # noqa: A002
+        runnable: Callable[[Profile, Plan], Compiled],
+        *,
+        gradients_allocated: bool,
+    ) -> Entry | None:
+        """What is planned for a form of call; None if nothing of it can be differentiated.
+
+        Args:
+            signature: of the calls that it will serve.
+            twin: the entry of the same step, its gradients accounted for in the other way.
+            profile: captures the step, where there is no twin.
+            compile: plans it.
+            runnable: makes a plan of it runnable.
+            gradients_allocated: whether there are gradients to add to.
+        """
+        if twin is not None:
+            found = twin.expected.profile
+            found = replace(found, graph=found.graph.with_gradients(gradients_allocated))
+        else:
+            found = profile()
+        if all(output.tangent is None for output in found.joint.roles.outputs):
+            return None
+        entry = Entry(self, self.options, runnable, signature, gradients_allocated, compile(found))
+        entry.kin = entry.kin if twin is None else twin.kin
+        return entry
+
+    def verify(
+        self,
+        model: nn.Module,
+        entry: Entry,
+        given: tuple[Any, ...],
+        other_backward: Callable[[Entry, Compiled, Tangents], Program],
+    ) -> None:
+        """Compare a step with the plain model's; what is planned meanwhile for other outputs is forgotten.
+
+        Args:
+            model: what is planned.
+            entry: its plan.
+            given: positional and keyword arguments.
+            other_backward: what a backward from other outputs runs, given an entry and what ran.
+
+        Raises:
+            VerificationError: something differs.
+        """
+        trial = replace(entry, captured=dict(entry.captured), bridges={})
+        tensors, structure = take_apart(given)
+        check_same_step(
+            model, entry.expected, structure, tensors, functools.partial(other_backward, trial, entry.expected)
+        )
+        self.latest = entry.expected
 
 
 class Front:
@@ -186,7 +250,7 @@ class PlannedGraph:
     """One graph of Dynamo's, with its plans for each state of what Dynamo does not guard."""
 
     def __init__(self, planning: Planning, graph: TracedGraph, model: nn.Module | None) -> None:
-        self._planning, self._checkpointed = planning, graph.checkpointed
+        self._planning = planning
         self._lifted = Lifted(graph, model)
         given = self._lifted.given
         self._parameter_places = [i for i, x in enumerate(given) if x.kind is InputKind.PARAMETER]
@@ -226,15 +290,10 @@ class PlannedGraph:
             raise NothingToPlan
         self._planning.runs += 1
         self._planning.used(entry)
-        compiled, seat = ledger().take(entry)
-        given = [inputs[i] for i in self._orders[id(compiled)]]
-        other_backward = functools.partial(self._backward_for, entry, compiled, inputs)
-        try:
-            results = run_forward(compiled.program, given, other_backward, seat.leave)
-        except BaseException:
-            seat.leave()
-            raise
-        return put_together(compiled.profile.joint.outputs, iter(results))
+        return entry.run(
+            lambda compiled: [inputs[i] for i in self._orders[id(compiled)]],
+            functools.partial(self._backward_for, inputs, entry),
+        )
 
     def _key(self, inputs: Sequence[torch.Tensor]) -> _Key:
         parameters = [inputs[i] for i in self._parameter_places]
@@ -263,35 +322,32 @@ class PlannedGraph:
         if not any(x.requires_grad for x in inputs):
             return None
         allocated, *rest = key
-        twin = self._entries.get((not allocated, *rest))
-        if twin is not None:  # the same step, its gradients accounted for in the other way
-            profile = twin.expected.profile
-            profile = replace(profile, graph=profile.graph.with_gradients(allocated))
-        else:
-            profile = self._profile(key, inputs)
-        if all(output.tangent is None for output in profile.joint.roles.outputs):
-            return None
-        compiled = self._compile(profile, key)
-        runnable = functools.partial(self._runnable, key)
-        entry = Entry(self._planning, self._planning.options, runnable, key, allocated, compiled)
-        entry.kin = entry.kin if twin is None else twin.kin
-        if self._planning.options.verify:
-            self._verify(entry, inputs)
+        entry = self._planning.entry(
+            key,
+            self._entries.get((not allocated, *rest)),
+            lambda: self._profile(key, inputs),
+            functools.partial(self._compile, key),
+            functools.partial(self._runnable, key),
+            gradients_allocated=allocated,
+        )
+        if entry is not None and self._planning.options.verify:
+            arguments = tuple(inputs[i] for i in self._arguments)
+            other_backward = functools.partial(self._other_backward, inputs)
+            self._planning.verify(self._lifted.held, entry, (arguments, {}), other_backward)
         return entry
 
     def _profile(
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
-        if self._checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
-            say_bypassed()
         parameters = [inputs[i] for i in self._parameter_places]
         unused_bytes = self._lifted.unused_bytes
         options = self._planning.options
         return profile_of(joint, options, parameters, gradients_allocated=key[0], unused_bytes=unused_bytes)
 
-    def _compile(self, profile: Profile, key: _Key) -> Compiled:
-        return self._ordered(self._planning.compile(profile, self._hooked(profile, key)))
+    def _compile(self, key: _Key, profile: Profile, *, other_outputs: bool = False) -> Compiled:
+        hooked = self._hooked(profile, key)
+        return self._ordered(self._planning.compile(profile, hooked, other_outputs=other_outputs))
 
     def _runnable(self, key: _Key, profile: Profile, plan: Plan) -> Compiled:
         return self._ordered(self._planning.runnable(profile, plan, self._hooked(profile, key)))
@@ -304,28 +360,18 @@ class PlannedGraph:
         self._orders[id(compiled)] = self._lifted.order(compiled.profile.joint.roles.inputs)
         return compiled
 
-    def _verify(self, entry: Entry, inputs: Sequence[torch.Tensor]) -> None:
-        trial = replace(entry, captured=dict(entry.captured), bridges={})
-        arguments, structure = take_apart((tuple(inputs[i] for i in self._arguments), {}))
-        other_backward = functools.partial(self._other_backward, trial, entry.expected, inputs)
-        check_same_step(self._lifted.held, entry.expected, structure, arguments, other_backward)
-        self._planning.latest = entry.expected
-
-    def _backward_for(self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Program:
+    def _backward_for(self, inputs: Sequence[torch.Tensor], entry: Entry, ran: Compiled, present: Tangents) -> Program:
         with self._planning.lock, NOT_MEANWHILE:
-            return self._other_backward(entry, ran, inputs, present)
+            return self._other_backward(inputs, entry, ran, present)
 
     def _other_backward(
-        self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents
+        self, inputs: Sequence[torch.Tensor], entry: Entry, ran: Compiled, present: Tangents
     ) -> Program:
-        return entry.continued(ran, present, functools.partial(self._recapture, entry, ran, inputs, present))
+        return entry.continued(ran, present, functools.partial(self._recapture, inputs, entry, ran, present))
 
-    def _recapture(self, entry: Entry, ran: Compiled, inputs: Sequence[torch.Tensor], present: Tangents) -> Compiled:
+    def _recapture(self, inputs: Sequence[torch.Tensor], entry: Entry, ran: Compiled, present: Tangents) -> Compiled:
         """Capture and plan the step with backward starting from the tangents `present`."""
-        outputs = ran.profile.joint.roles.outputs
-        numbered = {outputs[index].tangent_number: stride for index, stride in present}
-        tangents = {number: stride for number, stride in numbered.items() if number is not None}
         key: Any = entry.signature
         with entry.ambient.restored(), torch.enable_grad():
-            profile = self._profile(key, inputs, tangents)
-        return self._compile(profile, key)
+            profile = self._profile(key, inputs, ran.numbered(present))
+        return self._compile(key, profile, other_outputs=True)

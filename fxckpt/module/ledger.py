@@ -14,8 +14,7 @@ import weakref
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from fxckpt.core.graph import Graph
-from fxckpt.core.shares import Offer, lean, peak_bytes, share, share_in_any_order
+from fxckpt.core.shares import Offer, lean, peak_bytes, resident_bytes, share, share_in_any_order
 from fxckpt.core.simulate import Timeline
 from fxckpt.errors import OverBudgetWarning
 from fxckpt.pipeline import Compiled
@@ -157,7 +156,7 @@ class Ledger:
         calls = [known for key in self._calls if (known := self._known[key]()) is not None]
         others = {id(c.owner): c for c in calls if c.owner is not call.owner}
         beside_bytes = sum(seat.held_bytes for seat in self._seats)
-        beside_bytes += sum(_resident_bytes(c.expected.profile.graph) for c in others.values())
+        beside_bytes += sum(resident_bytes(c.expected.profile.graph) for c in others.values())
         timelines = [plan.timeline, *call.timelines(gradients_allocated=allocated)]
         fitting = [t for t in timelines if t.peak_bytes + beside_bytes <= plan.budget_bytes]
         best = min(fitting or timelines, key=lambda t: t.step_us if fitting else t.peak_bytes)
@@ -165,11 +164,6 @@ class Ledger:
             more = ". From the next such step on they are planned together"
             _warn(best.peak_bytes + beside_bytes, plan.budget_bytes, more)
         return call.expected if best is plan.timeline else call.variant(best)
-
-
-def _resident_bytes(graph: Graph) -> int:
-    """What is there whether or not a call runs: parameters, buffers, allocated gradients, reserve [B]."""
-    return graph.static_bytes - graph.bytes_of(i for i, s in enumerate(graph.storages) if s.kind == "input")
 
 
 def _planned_together(calls: Sequence[Call], *, in_any_order: bool, gradients_allocated: bool) -> _Planned:
@@ -206,7 +200,7 @@ def _beside_bytes(calls: Sequence[Call], with_gradients: Collection[int], gradie
     sum_bytes = 0
     for key, call in {id(c.owner): c for c in calls}.items():
         there = gradients_allocated or key in with_gradients
-        sum_bytes += _resident_bytes(call.expected.profile.graph.with_gradients(there))
+        sum_bytes += resident_bytes(call.expected.profile.graph.with_gradients(there))
     return sum_bytes
 
 

@@ -16,9 +16,9 @@ from fxckpt.errors import CaptureError
 from fxckpt.options import Options
 from fxckpt.pipeline import profile_of, profile_step
 from fxckpt.profile.build import Profile
-from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import NotTraced, Traced, TracedGraph
 from fxckpt.upstream.meta import made_present
+from fxckpt.upstream.tensors import device_of
 
 
 class _Profiled(BaseException):
@@ -45,14 +45,12 @@ def profile_call(
     if options.front == "trace":
         return traced()
     tensors, structure = take_apart((tuple(args), kwargs))
-    device = next((t.device for t in (*model.parameters(), *tensors)), torch.device("cpu"))
+    device = device_of((*model.parameters(), *tensors))
 
     def make(graph: TracedGraph) -> Callable[..., Any]:
         lifted = Lifted(graph, model)
 
         def profile(*inputs: torch.Tensor) -> Any:
-            if graph.checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
-                say_bypassed()
             joint = replace(lifted.capture(inputs), device=device)
             parameters, unused_bytes = model.parameters(), lifted.unused_bytes
             raise _Profiled(

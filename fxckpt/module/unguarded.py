@@ -11,25 +11,21 @@ import functools
 import threading
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from fxckpt.capture.front import NewMemoryError
-from fxckpt.capture.structure import Structure, put_together, take_apart
+from fxckpt.capture.structure import Structure, take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import CaptureError, FxckptError, RuntimeContractError, UnguardedCaptureWarning
 from fxckpt.module.bypass import Bypasses
 from fxckpt.module.entries import Entries, Entry, Key
 from fxckpt.module.front import Planning
-from fxckpt.module.ledger import ledger
-from fxckpt.options import Options
-from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_step
+from fxckpt.pipeline import Compiled, profile_step
 from fxckpt.profile.build import Profile
-from fxckpt.runtime.autograd import Program, Tangents, run_forward
-from fxckpt.steps.equivalence import check_same_step
+from fxckpt.runtime.autograd import Program, Tangents
 from fxckpt.upstream import pytree
 
 
@@ -49,23 +45,24 @@ class Unguarded:
 
     def call(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The model's forward, planned; `reason` is why it is planned here, if it wasn't before."""
-        entry = self.prepare(reason, args, kwargs)
+        entry, tensors = self._prepared(reason, args, kwargs)
         if entry is None:
             return self._plain.forward(*args, **kwargs)
         self._planning.runs += 1
-        compiled, seat = ledger().take(entry)
-        tensors, _ = take_apart((tuple(args), kwargs))
-        given = self._entries.watch.given(compiled.profile.joint.roles.inputs, tensors)
-        other_backward = functools.partial(self._backward_for, entry, compiled, args, kwargs)
-        try:
-            results = run_forward(compiled.program, given, other_backward, seat.leave)
-        except BaseException:
-            seat.leave()
-            raise
-        return put_together(compiled.profile.joint.outputs, iter(results))
+        watch = self._entries.watch
+        return entry.run(
+            lambda compiled: watch.given(compiled.profile.joint.roles.inputs, tensors),
+            functools.partial(self._backward_for, args, kwargs, entry),
+        )
 
-    def prepare(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Entry | None:
-        """Capture and plan for these arguments; None where there is nothing to differentiate."""
+    def prepare(self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Capture and plan for these arguments."""
+        self._prepared(reason, args, kwargs)
+
+    def _prepared(
+        self, reason: Exception | None, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> tuple[Entry | None, list[torch.Tensor]]:
+        """What is planned for these arguments, None where there is nothing to differentiate; and their tensors."""
         if isinstance(reason, NewMemoryError):
             raise reason
         planned = len(self._entries)
@@ -87,7 +84,7 @@ class Unguarded:
             ) from error
         if entry is not None and len(self._entries) > planned:
             _say_unguarded(reason)
-        return entry
+        return entry, tensors
 
     def compiled(self) -> list[Compiled]:
         """What was planned so far, a plan for each input signature."""
@@ -113,85 +110,73 @@ class Unguarded:
         if not any(t.requires_grad for t in (*tensors, *self._plain.parameters())):
             return None
         signature, allocated = key
-        twin = self._entries.twin(key)
-        if twin is not None:
-            profile = twin.expected.profile
-            profile = replace(profile, graph=profile.graph.with_gradients(allocated))
-        else:
-            profile = profile_step(
-                self._plain,
-                args,
-                kwargs,
-                self._planning.options,
-                forward=self._plain.forward,
-                gradients_allocated=allocated,
-            )
-        if all(output.tangent is None for output in profile.joint.roles.outputs):
-            return None
-        compiled = self._compile(profile, self._planning.options)
-        entry = Entry(self._planning, self._planning.options, self._runnable, signature, allocated, compiled)
-        entry.kin = entry.kin if twin is None else twin.kin
-        if self._planning.options.verify:
-            self._verify(entry, args, kwargs)
+        entry = self._planning.entry(
+            signature,
+            self._entries.twin(key),
+            lambda: self._profile(args, kwargs, gradients_allocated=allocated),
+            self._compile,
+            self._runnable,
+            gradients_allocated=allocated,
+        )
+        if entry is not None and self._planning.options.verify:
+            other_backward = functools.partial(self._other_backward, args, kwargs)
+            self._planning.verify(self._plain, entry, (tuple(args), kwargs), other_backward)
         return entry
 
-    def _verify(self, entry: Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Compare a step with the plain model's; what is planned meanwhile for other outputs is forgotten."""
-        trial = replace(entry, captured=dict(entry.captured), bridges={})
-        other_backward = functools.partial(self._other_backward, trial, entry.expected, args, kwargs)
-        tensors, structure = take_apart((tuple(args), kwargs))
-        check_same_step(self._plain, entry.expected, structure, tensors, other_backward)
-        self._planning.latest = entry.expected
+    def _profile(
+        self,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        tangents: dict[int, tuple[int, ...]] | None = None,
+        *,
+        gradients_allocated: bool,
+    ) -> Profile:
+        return profile_step(
+            self._plain,
+            args,
+            kwargs,
+            self._planning.options,
+            forward=self._plain.forward,
+            gradients_allocated=gradients_allocated,
+            tangents=tangents,
+        )
 
-    def _compile(self, profile: Profile, options: Options) -> Compiled:
-        return self._runnable(profile, make_plan(profile, options, [compiled.plan for compiled in self.compiled()]))
+    def _compile(self, profile: Profile, *, other_outputs: bool = False) -> Compiled:
+        return self._planning.compile(profile, self._hooked(profile), other_outputs=other_outputs)
 
     def _runnable(self, profile: Profile, plan: Plan) -> Compiled:
+        return self._planning.runnable(profile, plan, self._hooked(profile))
+
+    def _hooked(self, profile: Profile) -> frozenset[int]:
         hooked = self._entries.watch.hooked_parameters()
         inputs = enumerate(profile.joint.roles.inputs)
-        waiting = frozenset(n for n, i in inputs if i.gradient is not None and i.path in hooked)
-        program = make_program(profile, plan.timeline, waiting)
-        annotate(profile, plan)
-        self._planning.latest = Compiled(profile, plan, program)
-        return self._planning.latest
+        return frozenset(n for n, i in inputs if i.gradient is not None and i.path in hooked)
 
     def _backward_for(
-        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+        self, args: Sequence[Any], kwargs: dict[str, Any], entry: Entry, ran: Compiled, present: Tangents
     ) -> Program:
         """A backward from other outputs than the forward that ran was planned for."""
         with self._lock:
-            return self._other_backward(entry, ran, args, kwargs, present)
+            return self._other_backward(args, kwargs, entry, ran, present)
 
     def _other_backward(
-        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+        self, args: Sequence[Any], kwargs: dict[str, Any], entry: Entry, ran: Compiled, present: Tangents
     ) -> Program:
-        return entry.continued(ran, present, functools.partial(self._recapture, entry, ran, args, kwargs, present))
+        return entry.continued(ran, present, functools.partial(self._recapture, args, kwargs, entry, ran, present))
 
     def _recapture(
-        self, entry: Entry, ran: Compiled, args: Sequence[Any], kwargs: dict[str, Any], present: Tangents
+        self, args: Sequence[Any], kwargs: dict[str, Any], entry: Entry, ran: Compiled, present: Tangents
     ) -> Compiled:
         """Capture and plan the step with backward starting from the tangents `present`."""
-        options = self._planning.options
-        if options.plan is not None:  # it was made for the other outputs
-            options = replace(options, plan=None, budget=options.plan.budget_bytes)
-        outputs = ran.profile.joint.roles.outputs
-        numbered = {outputs[index].tangent_number: stride for index, stride in present}
         with entry.ambient.restored(), torch.enable_grad():
             if not self._entries.serves(entry, *take_apart((tuple(args), kwargs))):
                 raise RuntimeContractError(
                     "backward started from other outputs than expected, and the model was changed since forward (its "
                     "mode, what requires grad, hooks, types). Run forward again, or change the model after backward"
                 )
-            profile = profile_step(
-                self._plain,
-                args,
-                kwargs,
-                options,
-                forward=self._plain.forward,
-                gradients_allocated=entry.gradients_allocated,
-                tangents={number: stride for number, stride in numbered.items() if number is not None},
-            )
-        return self._compile(profile, options)
+            allocated = entry.gradients_allocated
+            profile = self._profile(args, kwargs, ran.numbered(present), gradients_allocated=allocated)
+        return self._compile(profile, other_outputs=True)
 
 
 def _has_generator(value: Any) -> bool:

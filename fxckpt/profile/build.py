@@ -15,7 +15,7 @@ from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
 from fxckpt.upstream.pytree import tree_map_only
-from fxckpt.upstream.tensors import storage_key
+from fxckpt.upstream.tensors import memory_bytes
 
 _CPU_STATE_BYTES = 5056
 _CUDA_STATE_BYTES = 16
@@ -142,7 +142,7 @@ def op_form(node: fx.Node) -> str:
 
 def written_bytes(node: fx.Node) -> int:
     """Bytes of the storages that an op's outputs live in [B]."""
-    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors(node)}.values())
+    return memory_bytes(tensors(node))
 
 
 def _form(made: Any) -> str:

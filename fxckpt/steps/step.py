@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxckpt.capture.structure import take_apart
 from fxckpt.errors import FxckptError
 from fxckpt.upstream.allocator import peak_allocated_bytes
-from fxckpt.upstream.tensors import storage_key
+from fxckpt.upstream.tensors import device_of, memory_bytes
 
 _RUNS = 5
 
@@ -75,7 +75,7 @@ class TrainingStep:
         Raises:
             FxckptError: the model is on the meta device.
         """
-        device = next((t.device for t in (*self.model.parameters(), *self._inputs)), torch.device("cpu"))
+        device = device_of((*self.model.parameters(), *self._inputs))
         if device.type == "meta":
             raise FxckptError("a model on the meta device can't be run: use fxckpt.plan for predicted figures")
         return device
@@ -99,7 +99,7 @@ class TrainingStep:
             *self._inputs,
             *(g for g in gradients if g is not None),
         ]
-        return sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
+        return memory_bytes(held)
 
     def allocated_bytes(self) -> int:
         """The most bytes in use during a step above those before it [B]."""

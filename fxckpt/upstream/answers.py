@@ -31,6 +31,7 @@ from torch._dynamo.variables import functions as function_variables
 from torch._dynamo.variables import torch as torch_variables
 from torch._dynamo.variables.tensor import UnspecializedPythonVariable
 
+from fxckpt.upstream.bytecode import PASSED, Code, branches
 from fxckpt.upstream.floats import Floats
 from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
@@ -46,10 +47,6 @@ _WARNS = ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
 _TRACING = ("transformers.utils.import_utils", "is_tracing")
 """How transformers' models ask whether they are traced."""
-
-
-_PASSED = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
-"""Instructions that may stand between a question and the branch that it decides."""
 _OF_SEVERAL = {polyfills.builtins.any.__code__: True, polyfills.builtins.all.__code__: False}
 """Functions that go through several questions, and the answer at which they stop."""
 _CHECKING = frozenset({torch.nn.functional.gaussian_nll_loss})
@@ -83,8 +80,8 @@ def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]
         for kind in _TRANSLATORS:
             table = list(kind.dispatch_table)
             for opcode, handler in enumerate(table):
-                name = opcode_name(opcode)
-                if handler is not None and (_branches(name) or name == "UNARY_NOT"):
+                name = dis.opname[opcode]
+                if handler is not None and (branches(name) or name == "UNARY_NOT"):
                     table[opcode] = _answered(handler)
                 elif handler is not None and name == "RETURN_VALUE" and kind is convert.InstructionTranslator:
                     table[opcode] = _noting_loss(handler, code, seen)
@@ -101,20 +98,11 @@ def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]
         yield seen
 
 
-def opcode_name(opcode: int) -> str:
-    """Name of an instruction."""
-    return dis.opname[opcode]
-
-
 def _effects() -> set[Any]:
     return torch.fx.node._side_effectful_functions | {EXPECT}
 
 
 # Branches
-
-
-def _branches(name: str) -> bool:
-    return "JUMP" in name and "_IF_" in name and "NONE" not in name
 
 
 Handler = Callable[[Any, Any], None]
@@ -127,7 +115,7 @@ def _answered(original: Handler) -> Handler:
             _refuse_draw(top)
         elif isinstance(top, TensorVariable):
             known = answer(top)
-            if known is None and _branches(instruction.opname):
+            if known is None and branches(instruction.opname):
                 known = _way_without_error(tx, instruction)
                 if known is not None:
                     tx.output.create_proxy("call_function", EXPECT, (top.as_proxy(), known), {})
@@ -159,49 +147,22 @@ def _way_without_error(tx: Any, instruction: Any) -> bool | None:
         shortcut = _OF_SEVERAL[tx.f_code]
         following = (each for each in tx.parent.instructions[tx.parent.instruction_pointer :])
         branch = next((each for each in following if each.opname != "EXTENDED_ARG"), None)
-        if (
-            branch is None
-            or not _branches(branch.opname)
-            or _way_without_error(tx.parent, branch) is not (not shortcut)
-        ):
+        if branch is None or not branches(branch.opname) or _way_without_error(tx.parent, branch) is not (not shortcut):
             return None
         return not shortcut
     code = tx.instructions
     place = {id(each): number for number, each in enumerate(code)}
-    at = place[id(instruction)]
-    ends = {"TRUE" in instruction.opname: place[id(instruction.target)], "FALSE" in instruction.opname: at + 1}
-    raising = [value for value, start in ends.items() if _raises(code, place, start)]
-    return (not raising[0]) if len(raising) == 1 else None
 
+    def target(at: int) -> int | None:
+        return None if code[at].target is None else place[id(code[at].target)]
 
-def _raises(code: list[Any], place: dict[int, int], start: int) -> bool:
-    """Whether every way on from an instruction ends in `raise`."""
-    seen: set[int] = set()
-    pending, raises = [start], False
-    while pending:
-        at = pending.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        instruction = code[at]
-        name = instruction.opname
-        if name.startswith(("RETURN", "YIELD")):
-            return False
-        if name in ("RAISE_VARARGS", "RERAISE"):
-            raises = True
-        elif instruction.target is not None:
-            pending.append(place[id(instruction.target)])
-            if "JUMP" not in name or "_IF_" in name:
-                pending.append(at + 1)
-        else:
-            pending.append(at + 1)
-    return raises
+    return Code([each.opname for each in code], target).way_without_error(place[id(instruction)])
 
 
 def _decides_branch(tx: Any) -> bool:
     """Whether what the present instruction leaves only decides a branch."""
     following = tx.instructions[tx.instruction_pointer :]
-    return _branches(next((each.opname for each in following if each.opname not in _PASSED), ""))
+    return branches(next((each.opname for each in following if each.opname not in PASSED), ""))
 
 
 def _truth(original: Callable[..., Any]) -> Callable[..., Any]:

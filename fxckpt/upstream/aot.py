@@ -25,7 +25,7 @@ from torch._functorch._aot_autograd.schemas import OutputType
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch.fx.experimental.proxy_tensor import disable_autocast_cache
 
-from fxckpt.upstream.patching import caller, function_replaced
+from fxckpt.upstream.patching import caller, function_replaced, just_yield
 
 __all__ = [
     "BufferAOTInput",
@@ -53,15 +53,11 @@ def exported(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[tup
     """
     with (
         config.patch(backward_pass_autocast="off"),  # in this thread only
-        function_replaced(disable_autocast_cache, _nothing),
+        function_replaced(disable_autocast_cache, just_yield),
         contextlib.ExitStack() as stack,
     ):
         joint = aot_export_joint_with_descriptors(stack, module, tuple(tensors))
         yield joint.graph_module, joint._aot_state.fw_metadata
-
-
-def _nothing(_: Callable[..., Any]) -> Iterator[None]:
-    yield
 
 
 @contextlib.contextmanager

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from torch import fx
 
+from fxckpt.upstream.operators import called_name
+
 
 class Floats:
     """Python's floats that forward reads, over all conversions of a function.
@@ -54,7 +56,7 @@ def is_exact(module: fx.GraphModule, inputs: Iterable[fx.Node]) -> bool:
             continue
         seen.add(node)
         for user in node.users:
-            name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+            name = called_name(user)
             if name == "autograd_function_apply":
                 inner = [getattr(module, str(a.target)) for a in user.args[:2] if isinstance(a, fx.Node)]
                 places = [n for n, arg in enumerate(user.args[2:]) if arg is node]

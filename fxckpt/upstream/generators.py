@@ -13,7 +13,7 @@ import torch
 from torch._dynamo.utils import preserve_rng_state
 
 from fxckpt.upstream.dispatch import TorchDispatchMode
-from fxckpt.upstream.patching import function_replaced
+from fxckpt.upstream.patching import function_replaced, just_yield
 
 _MOVE: tuple[Callable[..., Any], ...] = (
     torch.seed,
@@ -52,12 +52,8 @@ def generators_kept(seeding: Callable[..., Any]) -> Iterator[None]:
 @contextlib.contextmanager
 def never_put_back() -> Iterator[None]:
     """Torch's own tracing does not put the states of generators back as they were when it began."""
-    with function_replaced(preserve_rng_state, _nothing):
+    with function_replaced(preserve_rng_state, just_yield):
         yield
-
-
-def _nothing(_: Callable[..., Any]) -> Iterator[None]:
-    yield
 
 
 def _states() -> list[torch.Tensor]:

@@ -67,8 +67,3 @@ def is_call_of_module(code: CodeType) -> bool:
 def call_module(module: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call a module's forward and its hooks, as a module does that `compile` was not called of."""
     return module._call_impl(*args, **kwargs)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether `nn.Module.compile` was called of the module."""
-    return module._compiled_call_impl is not None

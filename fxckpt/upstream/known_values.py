@@ -11,7 +11,10 @@ from torch import fx
 from torch._dynamo.guards import get_verbose_code_parts, install_guard
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
+
+from fxckpt.upstream.dispatch import really_computed
+from fxckpt.upstream.operators import called_name, changes_by_name
+from fxckpt.upstream.tensors import storage_key
 
 _DRAWS = ("rand", "dropout", "bernoulli", "normal", "multinomial", "empty", "resize", "exponential", "poisson")
 _OF_A_FORM = ("new_full", "new_ones", "new_zeros", "ones_like", "zeros_like", "full_like", "new_tensor")
@@ -37,7 +40,7 @@ def answer(variable: Any) -> bool | int | float | None:
     node = variable.as_proxy().node
     try:
         _collect(node, steps, inputs)
-        if len(inputs) > 1:
+        if len(inputs) > 1 or _is_changed({*steps, *inputs}, node.graph):
             return None
         value = _run(steps, dict(inputs))[node]
         if not isinstance(value, torch.Tensor) or value.numel() != 1:
@@ -71,19 +74,33 @@ def _collect(node: fx.Node, steps: Steps, inputs: dict[fx.Node, torch.Tensor]) -
         return
     if node.op not in ("call_function", "call_method") or len(steps) > _MOST_STEPS:
         raise _Unknown
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    if any(part in name for part in _DRAWS) or _changes(name):
+    name = called_name(node)
+    if any(part in name for part in _DRAWS) or changes_by_name(name, node.kwargs):
         raise _Unknown
     args: tuple[Any, ...] = node.args
     if name in _OF_A_FORM:
         args = (_Form(args[0].meta["example_value"]), *args[1:])
     for source in _nodes((args, node.kwargs)):
-        if any(_changes(_name(user)) and user.args and user.args[0] is source for user in source.users):
-            raise _Unknown
         _collect(source, steps, inputs)
     target: Any = node.target
     function = functools.partial(_method, str(target)) if node.op == "call_method" else target
     steps[node] = function, args, dict(node.kwargs)
+
+
+def _is_changed(nodes: set[fx.Node], graph: fx.Graph) -> bool:
+    """Whether the graph writes to one of these values, or to another view of its memory."""
+    memory = {_memory(node) for node in nodes} - {None}
+    for node in graph.nodes:
+        if node.op in ("call_function", "call_method") and changes_by_name(called_name(node), node.kwargs):
+            written = _nodes((node.args[:1], node.kwargs.get("out")))
+            if any(x in nodes or _memory(x) in memory for x in written):
+                return True
+    return False
+
+
+def _memory(node: fx.Node) -> int | None:
+    example = node.meta.get("example_value")
+    return storage_key(example) if isinstance(example, torch.Tensor) else None
 
 
 def _example(node: fx.Node) -> torch.Tensor:
@@ -110,14 +127,6 @@ def _method(name: str, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     return getattr(tensor, name)(*args, **kwargs)
 
 
-def _name(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-def _changes(name: str) -> bool:
-    return (name.endswith("_") and not name.endswith("__")) or "setitem" in name
-
-
 def _nodes(value: Any) -> list[fx.Node]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, fx.Node)]
 
@@ -128,7 +137,7 @@ def _run(steps: Steps, values: dict[fx.Node, Any]) -> dict[fx.Node, Any]:
             return values[given]
         return given.tensor() if isinstance(given, _Form) else given
 
-    with _disable_current_modes(), torch.no_grad():
+    with really_computed():
         for node, (function, args, kwargs) in steps.items():
             args, kwargs = pytree.tree_map(read, (args, kwargs))
             values[node] = function(*args, **kwargs)

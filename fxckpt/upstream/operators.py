@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeGuard
 
 import torch
+from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.nn import _reduction
 
@@ -23,7 +24,9 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "argument_names",
+    "called_name",
     "changes_arguments",
+    "changes_by_name",
     "is_operator",
     "python_kernels",
     "returns_nothing",
@@ -63,6 +66,22 @@ def returns_nothing(op: OpOverload) -> bool:
 def argument_names(op: OpOverload) -> tuple[str, ...]:
     """Names of the operator's arguments, in order."""
     return tuple(argument.name for argument in op._schema.arguments)
+
+
+_IN_PLACE = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
+_CHANGES = frozenset({"setitem", "__setitem__", "__set__"}).union(
+    *({f"i{name}", f"__i{name}__"} for name in _IN_PLACE),
+)
+
+
+def called_name(node: fx.Node) -> str:
+    """Name of the function or method that a node calls, "" if it has none."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def changes_by_name(name: str, keywords: Collection[str]) -> bool:
+    """Whether a function of this name, called with these keyword arguments, changes what it is given."""
+    return name in _CHANGES or "out" in keywords or (name.endswith("_") and not name.endswith("__"))
 
 
 @contextlib.contextmanager

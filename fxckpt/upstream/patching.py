@@ -41,6 +41,11 @@ def function_replaced(function: Callable[..., Any], by: Callable[..., Any]) -> I
             yield
 
 
+def just_yield(_: Callable[..., Any]) -> Iterator[None]:
+    """A context manager's replacement that does nothing around what it is entered for."""
+    yield
+
+
 @contextlib.contextmanager
 def _function_entered(function: Callable[..., Any]) -> Iterator[_Function]:
     inner = inspect.unwrap(function)

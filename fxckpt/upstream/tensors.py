@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,16 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 def storage_key(value: Any) -> int | None:
     """A number that is the same for tensors, traced or real, which share memory; None for other values."""
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+
+
+def memory_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """The memory behind tensors, what several share counted once [B]."""
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
+    """Where the first of the tensors is; the CPU if there is none."""
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def version_of(tensor: torch.Tensor) -> int:

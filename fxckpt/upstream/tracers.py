@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from fxckpt.upstream.dispatch import is_traced
 
 
 def tracer_at_work() -> str | None:
@@ -17,7 +18,7 @@ def tracer_at_work() -> str | None:
         return "torch.jit.trace"
     if torch.compiler.is_exporting():
         return "torch.export"
-    if get_proxy_mode() is not None:
+    if is_traced():
         return "a tracer (make_fx or the like)"
     if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return "FakeTensorMode, where nothing is computed"

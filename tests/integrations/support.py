@@ -21,7 +21,7 @@ from fxckpt.api import plan_of
 from fxckpt.capture.structure import take_apart
 from fxckpt.errors import OverBudgetWarning, PlanBypassedWarning
 from fxckpt.upstream.allocator import peak_allocated_bytes
-from fxckpt.upstream.tensors import storage_key
+from fxckpt.upstream.tensors import memory_bytes
 
 Model = TypeVar("Model", bound=nn.Module)
 Loss = Callable[[Any, int], Tensor]
@@ -76,7 +76,7 @@ def held_bytes(models: tuple[nn.Module, ...], inputs: Any) -> int:
     held = [*take_apart(inputs)[0]]
     for model in models:
         held += [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-    return sum({storage_key(t): t.untyped_storage().nbytes() for t in held}.values())
+    return memory_bytes(held)
 
 
 def train(model: nn.Module, loss_of: Loss, *, steps: int = 4, autocast: bool = False, inputs: Any = ()) -> Trained:
