@@ -26,6 +26,7 @@ from fxckpt.errors import CaptureError
 from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
 from fxckpt.upstream.checkpointed import checkpointing_bypassed
 from fxckpt.upstream.confined import tracing_confined
+from fxckpt.upstream.dispatch import unseen_by_function_modes
 from fxckpt.upstream.fakes import descriptions_apart
 from fxckpt.upstream.kernels import own_kernels
 from fxckpt.upstream.meta import made_present
@@ -139,8 +140,9 @@ def _backward_from(
             chosen = _likely_differentiated(traced.outputs, outputs)
         outputs = [o for i, o in enumerate(outputs) if i in chosen]
         grad_outputs = [_as_given(t, (tangents or {}).get(i)) for i, t in enumerate(grad_outputs) if i in chosen]
-        leaves = {_origin(before): leaf for before, leaf in traced.leaves.values()}
-        inputs = [leaves.get(get_gradient_edge(x).node, x) for x in inputs]
+        with unseen_by_function_modes():  # some hundred parameters
+            leaves = {_origin(before): leaf for before, leaf in traced.leaves.values()}
+            inputs = [leaves.get(get_gradient_edge(x).node, x) for x in inputs]
         return original(outputs, inputs, grad_outputs, **options)
 
     with backward_replaced(grad):

@@ -16,6 +16,7 @@ __all__ = [
     "is_traced",
     "plain_execution",
     "really_computed",
+    "unseen_by_function_modes",
     "when_backward_ends",
 ]
 
@@ -40,6 +41,13 @@ def plain_execution() -> Iterator[None]:
 def really_computed() -> Iterator[None]:
     """Nothing is traced, whatever modes are active: tensors hold numbers."""
     with _disable_current_modes(), torch.no_grad(), torch._C.DisableTorchFunction():
+        yield
+
+
+@contextlib.contextmanager
+def unseen_by_function_modes() -> Iterator[None]:
+    """Modes that see torch's functions, and attributes of tensors, see nothing."""
+    with torch._C.DisableTorchFunction():
         yield
 
 

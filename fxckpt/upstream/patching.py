@@ -84,8 +84,8 @@ def state_apart(module: ModuleType, *names: str, functions: tuple[Callable[..., 
     with contextlib.ExitStack() as stack:
         for function in functions or tuple(f for f in vars(module).values() if _is_of(module, f)):
             site = stack.enter_context(_function_entered(function))
-            own = functools.partial(_twin, site.original, apart)
-            stack.enter_context(_seen(site.place, _View(own)))
+            own = _twin(site.original, apart)
+            stack.enter_context(_seen(site.place, _View(functools.partial(_itself, own))))
         for name in names:
             view = _View(functools.partial(apart.__getitem__, name), functools.partial(apart.__setitem__, name))
             stack.enter_context(_attribute_viewed(module, name, view))
@@ -95,6 +95,10 @@ def state_apart(module: ModuleType, *names: str, functions: tuple[Callable[..., 
 def _is_of(module: ModuleType, value: Any) -> bool:
     inner = inspect.unwrap(value) if isinstance(value, FunctionType) else value
     return isinstance(inner, FunctionType) and inner.__globals__ is vars(module) and not inner.__code__.co_freevars
+
+
+def _itself(function: FunctionType) -> FunctionType:
+    return function
 
 
 def _twin(function: FunctionType, variables: dict[str, Any]) -> FunctionType:
@@ -186,8 +190,7 @@ class _Function(_Site):
         self.place = _Place()
         self._function, self._code = function, function.__code__
         self.original = _twin(function, function.__globals__)
-        self._standing_in = _standing_in(function.__code__, id(function))
-        _FUNCTIONS[id(function)] = self
+        self._standing_in = _standing_in(function.__code__, self.current)
         function.__code__ = self._standing_in
 
     def current(self) -> Callable[..., Any]:
@@ -200,30 +203,22 @@ class _Function(_Site):
             self._function.__code__ = self._code
 
 
-_FUNCTIONS: dict[int, _Function] = {}
-"""By `id`; they stay, since a thread may be about to ask while another puts the function's own code back."""
+def _standing_in(code: CodeType, current: Callable[[], Callable[..., Any]]) -> CodeType:
+    """Code of the same kind that calls what `current` returns, and pretends to lie where `code` does.
 
-
-def called_instead(number: int) -> Callable[..., Any]:
-    """What this thread calls instead of a function that is replaced; its code asks, wherever it lies."""
-    return _FUNCTIONS[number].current()
-
-
-def _standing_in(code: CodeType, number: int) -> CodeType:
-    """Code of the same kind that calls what `called_instead` says, and pretends to lie where `code` does."""
+    It holds `current` as a constant: code has nothing else of its own, wherever it lies.
+    """
 
     def plain(*args: Any, **kwargs: Any) -> Any:
-        from fxckpt.upstream.patching import called_instead
-
-        return called_instead("number")(*args, **kwargs)  # type: ignore[arg-type]
+        current: Any = "current"
+        return current()(*args, **kwargs)
 
     def generator(*args: Any, **kwargs: Any) -> Any:
-        from fxckpt.upstream.patching import called_instead
-
-        return (yield from called_instead("number")(*args, **kwargs))  # type: ignore[arg-type]
+        current: Any = "current"
+        return (yield from current()(*args, **kwargs))
 
     template = (generator if code.co_flags & inspect.CO_GENERATOR else plain).__code__
-    constants = tuple(number if constant == "number" else constant for constant in template.co_consts)
+    constants = tuple(current if constant == "current" else constant for constant in template.co_consts)
     return template.replace(
         co_consts=constants,
         co_filename=code.co_filename,
