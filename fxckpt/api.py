@@ -19,6 +19,7 @@ from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
 from fxckpt.core.report.table import plan_text
 from fxckpt.errors import BudgetError, CaptureError, FxckptError
+from fxckpt.module.function import FunctionModule, PlannedFunction, function_behind
 from fxckpt.module.profiled import profile_call
 from fxckpt.module.stand_in import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, OptimizeOptions, Options, PlanOptions, read_options
@@ -30,11 +31,12 @@ from fxckpt.steps.step import Measurement, TrainingStep, measure_step
 from fxckpt.units import within
 from fxckpt.upstream.tensors import device_of
 
-Model = TypeVar("Model", bound=nn.Module)
+Planned = TypeVar("Planned", bound=Callable[..., Any])
+"""A module, or a function that calls some."""
 
 
 def optimize(
-    model: Model,
+    model: Planned,
     memory_budget: Budget = None,
     *,
     example_inputs: Sequence[Any] | None = None,
@@ -45,11 +47,13 @@ def optimize(
     graph_breaks: bool = False,
     max_plans: int = 64,
     **options: Unpack[OptimizeOptions],
-) -> Model:
+) -> Planned:
     """The same model, training within a memory budget with the same gradients.
 
     Args:
-        model: any module. It is left as it is; the result shares its parameters, buffers and submodules.
+        model: any module, or a function that calls modules, such as one that computes a step's loss: then all that it
+            computes is planned together, whichever models and however many forwards that takes. It is left as it is;
+            the result shares parameters, buffers and submodules with it.
         memory_budget: bound on the peak of a training step, everything counted (parameters, gradients, activations,
             what kernels need inside): a size such as "8GB" or "500MiB", bytes as an int, or a fraction in (0, 1] of the
             plain model's peak. None: what the model's CUDA device has free.
@@ -67,7 +71,8 @@ def optimize(
 
     Returns:
         A module that stands in for the model everywhere: `isinstance`, `state_dict`, attributes and methods are the
-        model's. It plans once for each form of input. Without grad it runs the plain forward.
+        model's. It plans once for each form of input. Without grad it runs the plain forward. For a function: a
+        function.
 
     Raises:
         BudgetError: the budget or reserve makes no sense.
@@ -82,26 +87,27 @@ def optimize(
         memory_budget = plan.budget_bytes
     read = read_options(memory_budget, options, plan=plan, verify=verify)
     read = replace(read, methods=_methods(model, methods), graph_breaks=graph_breaks, max_plans=max_plans)
-    result = stand_in(_module(model), read)
+    module = _module(model)
+    result = stand_in(module, read)
     planner = planner_of(result)
     assert planner is not None
     if example_inputs is not None or example_kwargs is not None:
         planner.prepare(_arguments(example_inputs), dict(example_kwargs or {}))
     elif memory_budget is None:
-        free_bytes(device_of(model.parameters()))  # to fail now rather than later
-    return cast(Model, result)
+        free_bytes(device_of(module.parameters()))  # to fail now rather than later
+    return cast(Planned, result if isinstance(model, nn.Module) else PlannedFunction(function_behind(model), result))
 
 
-def plain(model: Model) -> Model:
+def plain(model: Planned) -> Planned:
     """The user's own model behind one that `optimize` returned, with the same parameters: for steps without a plan.
 
     Those are steps that plans don't serve, such as gradients of gradients. Other modules are returned as they are.
     """
-    return cast(Model, plain_model(_module(model)))
+    return cast(Planned, plain_model(model) if isinstance(model, nn.Module) else function_behind(model))
 
 
 def plan(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     memory_budget: Budget = None,
     *,
     example_inputs: Sequence[Any] | None = None,
@@ -122,7 +128,7 @@ def plan(
 
 
 def pareto(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -142,7 +148,7 @@ def pareto(
 
 
 def advise(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     memory_budget: str | int | float | None = None,
     *,
     example_inputs: Sequence[Any] | None = None,
@@ -159,7 +165,8 @@ def advise(
     """
     found = pareto(model, example_inputs=example_inputs, example_kwargs=example_kwargs, **options)
     optimizer = options.get("optimizer")
-    optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer, model.parameters())
+    parameters = _module(model).parameters()
+    optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer, parameters)
     return Advice(
         found, optimizer_bytes, None if memory_budget is None else within(memory_budget, found.baseline.peak_bytes)
     )
@@ -220,7 +227,7 @@ def max_batch(
 
 
 def print_plan(
-    model_or_plan: nn.Module | Plan,
+    model_or_plan: nn.Module | Callable[..., Any] | Plan,
     *,
     all: bool = False,  # noqa: A002 (the name that people look for)
     file: TextIO | None = None,
@@ -240,7 +247,7 @@ def print_plan(
     print(plan_text(plan_of(model_or_plan), all=all, measurement=measurement), file=file or sys.stdout, end="")
 
 
-def plan_of(model_or_plan: nn.Module | Plan) -> Plan:
+def plan_of(model_or_plan: nn.Module | Callable[..., Any] | Plan) -> Plan:
     """The latest plan of an optimized module; a plan is returned as it is.
 
     Raises:
@@ -270,7 +277,7 @@ class Graphs:
     plan: Plan
 
 
-def graphs(model: nn.Module) -> Graphs:
+def graphs(model: nn.Module | Callable[..., Any]) -> Graphs:
     """The latest plan of an optimized module and the graphs that execute it.
 
     Raises:
@@ -280,8 +287,8 @@ def graphs(model: nn.Module) -> Graphs:
     return Graphs(compiled.profile.joint.module, *compiled.program.executable.modules, compiled.plan)
 
 
-def _compiled(model: nn.Module) -> Compiled:
-    planner = planner_of(model)
+def _compiled(model: nn.Module | Callable[..., Any]) -> Compiled:
+    planner = planner_of(_module(model))
     if planner is None:
         raise FxckptError("this module has no plan: give the module that fxckpt.optimize returned")
     if planner.latest is None:
@@ -289,18 +296,18 @@ def _compiled(model: nn.Module) -> Compiled:
     return planner.latest
 
 
-def measure(model: nn.Module, *args: Any, **kwargs: Any) -> Measurement:
+def measure(model: nn.Module | Callable[..., Any], *args: Any, **kwargs: Any) -> Measurement:
     """Run training steps and measure their real peak and time, for plain and optimized modules alike.
 
     Backward starts from the model's `loss` if it returns one, else from ones for every output that requires grad.
     Gradients, buffers and random-number state are afterwards what they were.
     """
-    return measure_step(model, args, kwargs)
+    return measure_step(_module(model), args, kwargs)
 
 
 def benchmark(
-    model: nn.Module,
-    optimized: nn.Module,
+    model: nn.Module | Callable[..., Any],
+    optimized: nn.Module | Callable[..., Any],
     *,
     example_inputs: Sequence[Any] | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -321,11 +328,12 @@ def benchmark(
         FxckptError: a model can't be run, the two have different parameters, or there are fewer than two runs.
     """
     args, kwargs = _arguments(example_inputs), dict(example_kwargs or {})
-    return compare(TrainingStep(plain_model(model), args, kwargs), TrainingStep(optimized, args, kwargs), runs=runs)
+    plain_step = TrainingStep(plain_model(_module(model)), args, kwargs)
+    return compare(plain_step, TrainingStep(_module(optimized), args, kwargs), runs=runs)
 
 
 def _profile(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     example_inputs: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     options: Options,
@@ -354,10 +362,17 @@ def _methods(model: object, names: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def _module(model: Model) -> Model:
-    if not isinstance(model, nn.Module):
-        raise FxckptError(f"the model must be a torch.nn.Module, not {type(model).__name__}")
-    return model
+def _module(model: object) -> nn.Module:
+    """The module that is planned for what a user gives: itself, or one around a function."""
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, PlannedFunction):
+        return model.module
+    if not callable(model) or isinstance(model, type):
+        raise FxckptError(
+            f"the model must be a torch.nn.Module, or a function that calls some, not {type(model).__name__}"
+        )
+    return FunctionModule(model)
 
 
 def _arguments(example_inputs: Sequence[Any] | None) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from torch import nn
 from fxckpt.errors import CaptureError
 from fxckpt.module.bypass import Bypasses, reaches, wants_gradients
 from fxckpt.module.front import Front, NothingToPlan, Planning
-from fxckpt.upstream.dynamo import NotTraced
+from fxckpt.upstream.dynamo import NotTraced, traced_for_plan
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.tracers import tracer_at_work
 
@@ -135,5 +135,6 @@ def _put_back(drawn: Any) -> None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _note_compiled(bypasses: Bypasses) -> bool:
     """Called once, while Dynamo traces the code around."""
-    bypasses.say("the module was compiled by torch.compile", stacklevel=3)
+    if not traced_for_plan():
+        bypasses.say("the module was compiled by torch.compile", stacklevel=3)
     return True

@@ -20,7 +20,7 @@ from fxckpt.capture.front import NewMemoryError
 from fxckpt.capture.structure import Structure, take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import CaptureError, FxckptError, RuntimeContractError, UnguardedCaptureWarning
-from fxckpt.module.bypass import Bypasses
+from fxckpt.module.bypass import Bypasses, wants_gradients
 from fxckpt.module.entries import Entries, Entry, Key
 from fxckpt.module.front import Planning
 from fxckpt.pipeline import Compiled, profile_step
@@ -47,7 +47,10 @@ class Unguarded:
         """The model's forward, planned; `reason` is why it is planned here, if it wasn't before."""
         entry, tensors = self._prepared(reason, args, kwargs)
         if entry is None:
-            return self._plain.forward(*args, **kwargs)
+            result = self._plain.forward(*args, **kwargs)
+            if wants_gradients(result):
+                self._bypasses.say("gradients are wanted of tensors that are neither parameters nor arguments")
+            return result
         self._planning.runs += 1
         watch = self._entries.watch
         return entry.run(

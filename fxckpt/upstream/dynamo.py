@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import threading
 import types
 import warnings
 import weakref
@@ -199,6 +200,27 @@ def _in_own_code(function: Callable[..., Any]) -> types.FunctionType:
     return types.FunctionType(planned.__code__.replace(co_name="planned"), names, "planned", (), planned.__closure__)
 
 
+class _Tracing(threading.local):
+    ours = False
+
+
+_tracing = _Tracing()
+
+
+def traced_for_plan() -> bool:
+    """Whether what runs is being traced by Dynamo on our behalf, rather than for `torch.compile`."""
+    return _tracing.ours
+
+
+@contextlib.contextmanager
+def _ours() -> Iterator[None]:
+    before, _tracing.ours = _tracing.ours, True
+    try:
+        yield
+    finally:
+        _tracing.ours = before
+
+
 class _Callback:
     """What Dynamo calls to convert a frame: its own way to do so, with our settings and answers.
 
@@ -212,6 +234,7 @@ class _Callback:
     def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
         with (
             convert_frame.compile_lock,
+            _ours(),
             config.patch(_SETTINGS),
             _disable_current_modes(),
             warnings.catch_warnings(),
