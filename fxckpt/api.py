@@ -19,7 +19,7 @@ from fxckpt.core.pareto import Pareto
 from fxckpt.core.plans import Plan
 from fxckpt.core.report.table import plan_text
 from fxckpt.errors import BudgetError, CaptureError, FxckptError
-from fxckpt.module.function import FunctionModule, PlannedFunction, function_behind
+from fxckpt.module.function import FunctionModule, PlannedFunction
 from fxckpt.module.profiled import profile_call
 from fxckpt.module.stand_in import plain_model, planner_of, stand_in
 from fxckpt.options import Budget, OptimizeOptions, Options, PlanOptions, read_options
@@ -95,7 +95,7 @@ def optimize(
         planner.prepare(_arguments(example_inputs), dict(example_kwargs or {}))
     elif memory_budget is None:
         free_bytes(device_of(module.parameters()))  # to fail now rather than later
-    return cast(Planned, result if isinstance(model, nn.Module) else PlannedFunction(function_behind(model), result))
+    return cast(Planned, result if isinstance(model, nn.Module) else PlannedFunction(plain(model), result))
 
 
 def plain(model: Planned) -> Planned:
@@ -103,7 +103,11 @@ def plain(model: Planned) -> Planned:
 
     Those are steps that plans don't serve, such as gradients of gradients. Other modules are returned as they are.
     """
-    return cast(Planned, plain_model(model) if isinstance(model, nn.Module) else function_behind(model))
+    if not isinstance(model, PlannedFunction):
+        return cast(Planned, plain_model(model) if isinstance(model, nn.Module) else model)
+    behind = plain_model(model.module)
+    assert isinstance(behind, FunctionModule)
+    return cast(Planned, behind.function)
 
 
 def plan(

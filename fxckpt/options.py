@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from fxckpt.core.plans import Plan
 from fxckpt.core.solvers import Solver, check_options
-from fxckpt.errors import BudgetError, CaptureError
+from fxckpt.errors import BudgetError
 from fxckpt.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ Budget = str | int | float | None
 
 CostModelName = Literal["auto", "estimate", "measure", "reference"]
 Gradients = Literal["auto", "fresh", "allocated"]
-Front = Literal["trace", "dynamo"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,6 @@ class Options:
         optimizer: its state counts towards the peak. An optimizer, or the name of one in `torch.optim`, such as
             "AdamW", which is then counted for all parameters that require grad.
         reserve: bytes to leave for other things, as a number or a size such as "1GB".
-        front: how a model's graph is had. "trace", the default, calls forward once and traces it: what it reads from
-            Python beside tensors, modes and the numbers, flags and texts on modules stays as it was. "dynamo" has
-            TorchDynamo watch all that forward reads, and replay what it changes there.
         gradients: for plans that are only looked at: whether `.grad` is None before the step ("fresh"), holds tensors
             ("allocated"), or is as the model has it now ("auto").
         run_ops: whether ops may be run to find their workspace and time.
@@ -89,7 +85,6 @@ class Options:
         max_plans: how many plans are kept.
 
     Raises:
-        CaptureError: there is no such front, or it can't do what is asked for.
         BudgetError: the budget, the reserve, the optimizer's name, the cost model or `gradients` makes no sense.
         SolverError: there is no such solver, or it has no such option.
     """
@@ -122,10 +117,6 @@ class Options:
     reserve: int | str = field(
         default=0, metadata=_on_command_line("memory to leave for other things, such as 1GB", metavar="SIZE")
     )
-    front: Front = field(
-        default="trace",
-        metadata=_on_command_line("how a model's graph is had (default: trace)", choices=get_args(Front)),
-    )
     gradients: Gradients = field(
         default="auto",
         metadata=_on_command_line(
@@ -145,10 +136,6 @@ class Options:
             raise BudgetError(f"there is no cost model {self.cost_model!r}; choose one of {names}")
         if self.gradients not in get_args(Gradients):
             raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {self.gradients!r}')
-        if self.front not in get_args(Front):
-            raise CaptureError(f'front must be "trace" or "dynamo", not {self.front!r}')
-        if self.front != "dynamo" and (self.methods or self.graph_breaks):
-            raise CaptureError('methods and graph_breaks are TorchDynamo\'s affair: give front="dynamo" too')
         if isinstance(self.budget, str):
             parse_bytes(self.budget)
         _ = self.reserve_bytes
@@ -179,7 +166,6 @@ class OptimizeOptions(TypedDict, total=False):
     device: str | DeviceProfile | None
     optimizer: torch.optim.Optimizer | str | None
     reserve: int | str
-    front: Front
 
 
 class PlanOptions(OptimizeOptions, total=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,6 +21,17 @@ _GOLDEN = Path(__file__).parent / "golden"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/golden/*.txt anew instead of comparing")
+
+
+@pytest.fixture
+def untraceable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TorchDynamo can trace no model, so all are captured by calling their forward once: it warns of that."""
+    from fxckpt.upstream.dynamo import NotTraced, Traced
+
+    def give_up(*_: Any, **__: Any) -> Any:
+        raise NotTraced("it is turned off", "")
+
+    monkeypatch.setattr(Traced, "__call__", give_up)
 
 
 @pytest.fixture

@@ -97,7 +97,6 @@ GIVEN = {
     "device": ("H100", ["--device", "H100"]),
     "optimizer": ("AdamW", ["--optimizer", "AdamW"]),
     "reserve": ("1GB", ["--reserve", "1GB"]),
-    "front": ("dynamo", ["--front", "dynamo"]),
     "gradients": ("allocated", ["--gradients", "allocated"]),
 }
 

@@ -29,7 +29,7 @@ from fxckpt.upstream.dispatch import describes_op, really_computed
 from fxckpt.upstream.fakes import traced_tensors_have
 from fxckpt.upstream.generators import DrawsRefused, RandomDraw
 from fxckpt.upstream.operators import changes_by_name
-from fxckpt.upstream.patching import attribute_replaced
+from fxckpt.upstream.patching import function_replaced
 
 _MADE_OF_NOTHING: frozenset[Any] = frozenset(
     {
@@ -135,7 +135,7 @@ class Constants(TorchFunctionMode):
         self._patches.enter_context(traced_tensors_have(**reads))
         model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
         if hasattr(model, _WARNS):
-            self._patches.enter_context(attribute_replaced(model, _WARNS, _says_nothing))
+            self._patches.enter_context(function_replaced(getattr(model, _WARNS), _says_nothing))
         return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:

@@ -12,6 +12,7 @@ import contextvars
 import functools
 import random
 import threading
+import types
 import warnings
 import weakref
 from collections import OrderedDict, deque
@@ -28,17 +29,20 @@ from fxckpt.capture.structure import take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import ReplanningWarning
 from fxckpt.module.entries import Entry
+from fxckpt.module.function import FunctionModule
 from fxckpt.module.refused import check_plannable
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program, profile_of
 from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents
-from fxckpt.steps.equivalence import check_same_step
+from fxckpt.steps.equivalence import check_same_graph, check_same_step
 from fxckpt.upstream.ambient import Ambient
 from fxckpt.upstream.dynamo import NOT_MEANWHILE, Traced, TracedGraph
 from fxckpt.upstream.hooks import with_accumulation_hooks
 
 _preparing: contextvars.ContextVar[bool] = contextvars.ContextVar("_preparing", default=False)
+_check: contextvars.ContextVar[Callable[[], None] | None] = contextvars.ContextVar("_check", default=None)
+"""Compares what is being traced with the model, at most once a call."""
 _Key = tuple[Any, ...]
 
 
@@ -181,7 +185,7 @@ class Front:
         """`model` is the one whose paths name modules and parameters."""
         self.planning = planning
         self.draws = False
-        self._model = model
+        self._function, self._model = function, model
         self._graphs: list[PlannedGraph] = []
         self._made_in_a_row = 0
         reference = weakref.ref(self)
@@ -201,6 +205,10 @@ class Front:
             NothingToPlan: it computes nothing that can be differentiated.
             CaptureError: its graph can't be captured.
         """
+        with self._checked(args, kwargs):
+            return self._call(args, kwargs)
+
+    def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if len(self._graphs) > _GRAPHS_A_PLAN * self.planning.options.max_plans:  # their programs are gone already
             self._traced.forget()
             self._graphs.clear()
@@ -226,12 +234,35 @@ class Front:
             return
         token, drawn = _preparing.set(True), random.getstate()
         try:
-            self._traced(*args, **kwargs)
+            with self._checked(args, kwargs):
+                self._traced(*args, **kwargs)
         except _Planned:
             pass
         finally:
             _preparing.reset(token)
             random.setstate(drawn)
+
+    @contextlib.contextmanager
+    def _checked(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
+        """If that is wanted, what is traced meanwhile is compared with the model before it runs."""
+        own: Any = getattr(self._function, "__func__", None)
+        model = self._model
+        is_models = own is not None and getattr(self._function, "__self__", None) is model
+        if model is None or not is_models or not self.planning.options.verify or isinstance(model, FunctionModule):
+            yield
+            return
+
+        def traced(twin: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            one_graph = not self.planning.options.graph_breaks
+            return Traced(types.MethodType(own, twin), lambda graph: graph.module.forward, one_graph=one_graph)(
+                *args, **kwargs
+            )
+
+        token = _check.set(functools.partial(check_same_graph, model, own, traced, (tuple(args), kwargs)))
+        try:
+            yield
+        finally:
+            _check.reset(token)
 
     def compiled(self) -> list[Compiled]:
         """What was planned so far."""
@@ -334,6 +365,10 @@ class PlannedGraph:
             arguments = tuple(inputs[i] for i in self._arguments)
             other_backward = functools.partial(self._other_backward, inputs)
             self._planning.verify(self._lifted.held, entry, (arguments, {}), other_backward)
+            check = _check.get()
+            if check is not None:
+                _check.set(None)
+                check()
         return entry
 
     def _profile(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from fxckpt.module.stand_in import plain_model
+from fxckpt.errors import FxckptError
 
 _DEEPEST = 5
 _MOST_ITEMS = 1000
@@ -37,6 +37,9 @@ class FunctionModule(nn.Module):
         """The function's result."""
         return self.function(*args, **kwargs)
 
+    def __deepcopy__(self, _: dict[int, Any]) -> nn.Module:
+        raise FxckptError("a function can't be copied together with the modules that it calls")
+
 
 class PlannedFunction:
     """What `fxckpt.optimize` returns for a function: it is called as the function is.
@@ -52,15 +55,6 @@ class PlannedFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function's result, planned."""
         return self.module(*args, **kwargs)
-
-
-def function_behind(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's own function behind a planned one; other functions are returned as they are."""
-    if not isinstance(function, PlannedFunction):
-        return function
-    module = plain_model(function.module)
-    assert isinstance(module, FunctionModule)
-    return module.function
 
 
 def _reached(value: Any, seen: set[int], name: str = "model", depth: int = 0) -> Iterator[tuple[str, nn.Module]]:

@@ -41,8 +41,7 @@ class Methods:
                 bound = types.MethodType(function, self._plain)
                 self._routes[name] = self.route(bound, f"method {name!r} can't be planned")
             return self._routes[name].call(args, kwargs)
-        watched = self._planning.options.front == "dynamo" and torch.is_grad_enabled()
-        if not watched or torch.compiler.is_dynamo_compiling():
+        if not torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
             return function(module, *args, **kwargs)
         remedy = f"method {name!r} was called, which is not planned (optimize(model, methods=({name!r},)) plans it)"
         return _AsItIs(functools.partial(function, module), remedy, self._plain, self._bypasses).call(

@@ -61,9 +61,6 @@ class Planner:
         if forward is None or forward is self._own_forward:
             self.forward = self._own_forward
             return
-        if self.options.front == "trace":
-            self.forward = forward
-            return
         route = self.methods.route(forward, "forward was replaced by a function that can't be planned as a whole")
         self.forward = functools.partial(Route.called, route)
         functools.update_wrapper(self.forward, forward)

@@ -42,8 +42,6 @@ def profile_call(
     traced = functools.partial(
         profile_step, model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated
     )
-    if options.front == "trace":
-        return traced()
     tensors, structure = take_apart((tuple(args), kwargs))
     device = device_of((*model.parameters(), *tensors))
 

@@ -57,8 +57,6 @@ class Route:
         """The function's result, planned if gradients are wanted."""
         if not torch.is_grad_enabled():
             return self.function(*args, **kwargs)
-        if self._planning.options.front == "trace":
-            return self._traced(args, kwargs)
         if torch.compiler.is_dynamo_compiling():
             _note_compiled(self._bypasses)
             return self.function(*args, **kwargs)
@@ -72,9 +70,6 @@ class Route:
 
     def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Plan for these arguments. Nothing is computed."""
-        if self._planning.options.front == "trace":
-            self._otherwise.prepare(None, args, kwargs)
-            return
         try:
             self.front.prepare(args, kwargs)
             return
@@ -83,15 +78,6 @@ class Route:
         except (NotTraced, CaptureError) as error:
             reason = error
         self._otherwise.prepare(reason, args, kwargs)
-
-    def _traced(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """As `_planned`, without Dynamo."""
-        if torch.compiler.is_dynamo_compiling():
-            return self.function(*args, **kwargs)
-        try:
-            return self._otherwise.call(None, args, kwargs)
-        except UnexpectedValue:
-            return self._plainly(None, args, kwargs)
 
     def _planned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         runs = self._planning.runs

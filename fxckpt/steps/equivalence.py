@@ -6,9 +6,12 @@ were. It takes the memory of the plain step and of two copies of the parameters.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +28,12 @@ from fxckpt.upstream.tensors import copies
 
 Forward = Callable[[nn.Module, list[torch.Tensor]], list[torch.Tensor]]
 """Runs a copy of the model on copies of the tensors among its arguments; returns the tensors among its results."""
+
+Function = Callable[..., Any]
+"""Given a model and arguments, computes what the model does."""
+
+Ends = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
+"""Which of the outputs backward starts from."""
 
 Left = dict[str, torch.Tensor | None]
 """What a step leaves: outputs, gradients, buffers, inputs and random-number state, by name."""
@@ -46,30 +55,67 @@ def check_same_step(
     """
     if compiled.profile.joint.device.type == "meta":
         raise VerificationError("verify=True runs the model, but it is on the meta device: move it to a real one")
-    roles = compiled.program.roles
-    plain_step = functools.partial(_step, model, tensors, roles, functools.partial(_plain_forward, structure))
+    ends = functools.partial(_expected, compiled.program.roles)
+    plain_step = functools.partial(_step, model, tensors, functools.partial(_called, structure, _forward), ends)
 
     def optimized_step(program: Program) -> Left:
-        return _step(model, tensors, roles, functools.partial(_optimized_forward, program, backward_for))
+        return _step(model, tensors, functools.partial(_optimized_forward, program, backward_for), ends)
 
     expected = plain_step()
     difference = _difference(optimized_step(compiled.program), expected)
     if not difference:
         return
-    if _difference(plain_step(), expected):
-        raise VerificationError(
-            "the plain model gives other results when it runs a second time from the same random-number state, so "
-            "there is nothing to compare with. Make it deterministic (see torch.use_deterministic_algorithms)"
-        )
+    _check_deterministic(plain_step, expected)
     raise VerificationError(
         f"the optimized step differs from the plain step: {difference}. "
         f"{first_difference(compiled, plain_step, optimized_step)}"
     )
 
 
-def _plain_forward(structure: Structure, twin: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+def check_same_graph(model: nn.Module, forward: Function, traced: Function, given: tuple[Any, ...]) -> None:
+    """Run a step of `model` by its forward and one by what was traced of it.
+
+    Backward starts from all outputs that require grad.
+
+    Args:
+        model: what was traced.
+        forward: calls a copy of the model, given positional and keyword arguments.
+        traced: does the same by graphs that were traced of it.
+        given: the arguments, positional and keyword ones.
+
+    Raises:
+        VerificationError: something that they leave differs.
+    """
+    tensors, structure = take_apart(given)
+    plain_step = functools.partial(_step, model, tensors, functools.partial(_called, structure, forward), _all)
+    expected = plain_step()
+    difference = _difference(_step(model, tensors, functools.partial(_called, structure, traced), _all), expected)
+    if not difference:
+        return
+    _check_deterministic(plain_step, expected)
+    raise VerificationError(
+        f"the graph that TorchDynamo traced computes something else than the model: {difference}. It is not the plan's "
+        "doing: put the model into a bug report"
+    )
+
+
+def _check_deterministic(plain_step: Callable[[], Left], expected: Left) -> None:
+    if _difference(plain_step(), expected):
+        raise VerificationError(
+            "the plain model gives other results when it runs a second time from the same random-number state, so "
+            "there is nothing to compare with. Make it deterministic (see torch.use_deterministic_algorithms)"
+        )
+
+
+def _forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return model.forward(*args, **kwargs)
+
+
+def _called(
+    structure: Structure, function: Function, twin: nn.Module, tensors: list[torch.Tensor]
+) -> list[torch.Tensor]:
     args, kwargs = put_together(structure, iter(tensors))
-    return take_apart(twin.forward(*args, **kwargs))[0]
+    return take_apart(function(twin, *args, **kwargs))[0]
 
 
 def _optimized_forward(
@@ -81,13 +127,14 @@ def _optimized_forward(
         raise VerificationError(f"{error}, so that the plain forward would run. Give inputs that pass it") from error
 
 
-def _step(model: nn.Module, tensors: Sequence[torch.Tensor], roles: Roles, forward: Forward) -> Left:
+def _step(model: nn.Module, tensors: Sequence[torch.Tensor], forward: Forward, ends: Ends) -> Left:
     """What a step of a copy of the model leaves, from the present random-number state, which is put back."""
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(), _random_forked(), torch.enable_grad():
         twin, given = _copy(model), copies(tensors)
         outputs = forward(twin, given)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            _backward(outputs, roles)
+            differentiated = ends(outputs)
+            torch.autograd.backward(differentiated, [_tangent(end) for end in differentiated])
         left: Left = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
         left |= {f"requires_grad of output {i}": torch.tensor(o.requires_grad) for i, o in enumerate(outputs)}
         left |= {f"gradient of {name}": p.grad for name, p in twin.named_parameters()}
@@ -98,15 +145,28 @@ def _step(model: nn.Module, tensors: Sequence[torch.Tensor], roles: Roles, forwa
         return left
 
 
-def _backward(outputs: Sequence[torch.Tensor], roles: Roles) -> None:
-    """Differentiate what the plan expects: computed outputs that have a tangent, and views of them."""
+@contextlib.contextmanager
+def _random_forked() -> Iterator[None]:
+    """Python's own random numbers are put back, too."""
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def _expected(roles: Roles, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What the plan expects to be differentiated: computed outputs that have a tangent, and views of them."""
     expected = {i for i, output in enumerate(roles.outputs) if output.tangent is not None}
-    ends = [
+    return [
         output
         for output, result in zip(outputs, roles.results, strict=True)
         if result.kind.endswith("output") and result.index in expected and output.requires_grad
     ]
-    torch.autograd.backward(ends, [_tangent(end) for end in ends])
+
+
+def _all(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [output for output in outputs if output.requires_grad]
 
 
 def _tangent(output: torch.Tensor) -> torch.Tensor:

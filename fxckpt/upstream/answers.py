@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import inspect
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -30,11 +31,13 @@ from torch._dynamo.variables import ConstantVariable, TensorVariable, UserFuncti
 from torch._dynamo.variables import functions as function_variables
 from torch._dynamo.variables import torch as torch_variables
 from torch._dynamo.variables.tensor import UnspecializedPythonVariable
+from torch.distributions import constraints
 
 from fxckpt.upstream.bytecode import PASSED, Code, branches
 from fxckpt.upstream.floats import Floats
 from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
+from fxckpt.upstream.patching import seen_here
 from fxckpt.upstream.strides import right_views
 
 _TRANSLATORS = (
@@ -47,7 +50,10 @@ _WARNS = ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
 _TRACING = ("transformers.utils.import_utils", "is_tracing")
 """How transformers' models ask whether they are traced."""
-_OF_SEVERAL = {polyfills.builtins.any.__code__: True, polyfills.builtins.all.__code__: False}
+_OF_SEVERAL = {
+    inspect.unwrap(polyfills.builtins.any).__code__: True,
+    inspect.unwrap(polyfills.builtins.all).__code__: False,
+}
 """Functions that go through several questions, and the answer at which they stop."""
 _CHECKING = frozenset({torch.nn.functional.gaussian_nll_loss})
 """Functions of torch in which values are checked, in Python."""
@@ -225,6 +231,9 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
         return torch_call(self, tx, args, kwargs)
 
     def call_python(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        seen_function = seen_here(self.fn)
+        if seen_function is not self.fn:  # another thread captures just now
+            return UserFunctionVariable(seen_function).call_function(tx, args, kwargs)
         named = self.fn.__module__, self.fn.__name__
         if named == _WARNS:
             return ConstantVariable.create(None)
@@ -235,6 +244,10 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
     def call_skipped(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if getattr(self.value, "__self__", None) is random._inst and self.value.__name__ == "random" and not args:
             return user_defined.call_random_fn(tx, self.value, args, kwargs)
+        if self.value is constraints.is_dependent:
+            constraint = getattr(args[0].realize(), "value", None)
+            if isinstance(constraint, constraints.Constraint):
+                return ConstantVariable.create(constraints.is_dependent(constraint))
         return skipped_call(self, tx, args, kwargs)
 
     with (

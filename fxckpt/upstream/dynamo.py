@@ -37,6 +37,7 @@ _SETTINGS: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,
     "skip_no_tensor_aliasing_guards_on_parameters": False,
     "suppress_errors": False,
+    "trace_autograd_ops": True,
     "use_numpy_random_stream": True,  # numpy's draws are numpy's: they are refused rather than made torch's
 }
 

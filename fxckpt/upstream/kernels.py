@@ -8,7 +8,6 @@ the duration of a capture, and layers that ask whether they are traced are told 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -63,11 +62,10 @@ def _fused_layers() -> Iterator[None]:
     Where no gradients are wanted (a frozen encoder in eval mode) these are fused ones, which give other bits. The
     layers ask whether they are traced, and then call others.
     """
-    encoder = nn.TransformerEncoder
     with (
         attribute_replaced(torch.overrides, "has_torch_function", _is_overridden),
         function_replaced(activation._is_make_fx_tracing, lambda _: False),
-        attribute_replaced(encoder, "forward", functools.partialmethod(_encode, encoder.forward)),
+        function_replaced(nn.TransformerEncoder.forward, _encode),
     ):
         yield
 
@@ -84,8 +82,8 @@ def _is_overridden(given: Iterable[Any]) -> bool:
 
 
 def _encode(
-    encoder: nn.TransformerEncoder,
     forward: Callable[..., torch.Tensor],
+    encoder: nn.TransformerEncoder,
     src: torch.Tensor,
     mask: torch.Tensor | None = None,
     src_key_padding_mask: torch.Tensor | None = None,

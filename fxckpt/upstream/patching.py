@@ -23,7 +23,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType, ModuleType
+from types import CodeType, FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 _LOCK = threading.RLock()
@@ -226,6 +226,14 @@ def _standing_in(code: CodeType, current: Callable[[], Callable[..., Any]]) -> C
         co_qualname=code.co_qualname,
         co_firstlineno=code.co_firstlineno,
     )
+
+
+def seen_here(function: FunctionType) -> Any:
+    """What this thread calls where it calls a function: itself, or what stands for it now."""
+    for constant in function.__code__.co_consts:
+        if isinstance(constant, MethodType) and isinstance(constant.__self__, _Function):
+            return constant()
+    return function
 
 
 class _ClassAttribute(_Site):

@@ -23,6 +23,14 @@ from fxckpt.core.decisions import decisions
 from fxckpt.errors import CaptureError, PlanBypassedWarning, VerificationError
 from fxckpt.upstream.ops.expect import EXPECT
 
+pytestmark = pytest.mark.filterwarnings("ignore::fxckpt.errors.UnguardedCaptureWarning")  # pytest rewrites `assert`
+
+
+@pytest.fixture(autouse=True, params=["traced by TorchDynamo", "called once"])
+def _way(request: pytest.FixtureRequest) -> None:
+    if request.param == "called once":
+        request.getfixturevalue("untraceable")
+
 
 def raised(y: Tensor) -> Tensor:
     if torch.isnan(y).any():

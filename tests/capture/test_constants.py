@@ -17,6 +17,11 @@ from fxckpt.capture.joint import capture
 from fxckpt.errors import CaptureError
 from fxckpt.module.stand_in import planner_of
 
+pytestmark = [
+    pytest.mark.usefixtures("untraceable"),
+    pytest.mark.filterwarnings("ignore::fxckpt.errors.UnguardedCaptureWarning"),
+]
+
 
 class Asks(nn.Module):
     """Computes one thing or another, as a question about values says."""

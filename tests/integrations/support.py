@@ -146,7 +146,7 @@ def check(
     torch.manual_seed(0)
     expected = train(build(), loss_of, **options)
     torch.manual_seed(0)
-    ours = fxckpt.optimize(build(), budget, effort="fast", front="dynamo", methods=methods)
+    ours = fxckpt.optimize(build(), budget, effort="fast", methods=methods)
     with planned():
         found = train(ours, loss_of, **options)
     assert_same_training(found, expected)

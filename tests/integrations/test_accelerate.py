@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 def build(budget: float | None) -> nn.Module:
     torch.manual_seed(0)
-    return Net() if budget is None else fxckpt.optimize(Net(), budget, effort="fast", front="dynamo")
+    return Net() if budget is None else fxckpt.optimize(Net(), budget, effort="fast")
 
 
 def fit(net: nn.Module, folder: Path, **options: Any) -> Trained:

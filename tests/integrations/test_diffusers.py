@@ -120,7 +120,7 @@ def test_encode_and_decode() -> None:
     torch.manual_seed(0)
     expected = train(autoencoder(), latent_loss)
     torch.manual_seed(0)
-    ours = fxckpt.optimize(autoencoder(), 0.8, effort="fast", front="dynamo", methods=("encode", "decode"))
+    ours = fxckpt.optimize(autoencoder(), 0.8, effort="fast", methods=("encode", "decode"))
     with planned():
         found = train(ours, latent_loss)
     assert_same_training(found, expected)
@@ -132,6 +132,6 @@ NOT_SEEN = pytest.mark.xfail(strict=True, reason="tensors in an object of the pa
 
 @pytest.mark.parametrize("method", [pytest.param("encode", marks=NOT_SEEN), "decode"])
 def test_a_method_that_is_not_planned_says_so(method: str) -> None:
-    ours = fxckpt.optimize(autoencoder(), 0.8, effort="fast", front="dynamo")
+    ours = fxckpt.optimize(autoencoder(), 0.8, effort="fast")
     with pytest.warns(PlanBypassedWarning, match=method):
         latent_loss(ours, 0)

@@ -77,7 +77,7 @@ class Manual(Task):
 
 def build(budget: float | None) -> nn.Module:
     torch.manual_seed(0)
-    return Net() if budget is None else fxckpt.optimize(Net(), budget, effort="fast", front="dynamo")
+    return Net() if budget is None else fxckpt.optimize(Net(), budget, effort="fast")
 
 
 def batches() -> Any:

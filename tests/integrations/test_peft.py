@@ -65,7 +65,7 @@ def test_adapters_put_on_an_optimized_model() -> None:
     torch.manual_seed(0)
     expected = train(peft.get_peft_model(gpt2(), CONFIGS["lora"]()), loss_of)
     torch.manual_seed(0)
-    ours = fxckpt.optimize(gpt2(), 0.7, effort="fast", front="dynamo")
+    ours = fxckpt.optimize(gpt2(), 0.7, effort="fast")
     with planned():
         found = train(peft.get_peft_model(ours, CONFIGS["lora"]()), loss_of)
     assert_same_training(found, expected)

@@ -68,6 +68,6 @@ def test_layers(kind: str) -> None:
 
 def test_edges_chosen_by_value_are_refused_by_name() -> None:
     """How many loops there are among the edges is known only when they are looked at."""
-    ours = fxckpt.optimize(Net("gcn, loops added at each step"), 0.8, front="dynamo")
+    ours = fxckpt.optimize(Net("gcn, loops added at each step"), 0.8)
     with pytest.raises(CaptureError, match=r"loop\.py.*shape"):
         ours(*graph())

@@ -81,7 +81,7 @@ def fit(model: nn.Module, folder: Path, *, resume: str | None = None, **options:
 
 def build(make: Callable[[], nn.Module], budget: float | None) -> Any:
     torch.manual_seed(0)
-    return make() if budget is None else fxckpt.optimize(make(), budget, effort="fast", front="dynamo")
+    return make() if budget is None else fxckpt.optimize(make(), budget, effort="fast")
 
 
 def check(make: Callable[[], nn.Module], folder: Path, **options: Any) -> None:
@@ -134,7 +134,7 @@ def test_checkpointing_of_the_models_own_gives_way(enable: str, tmp_path: Path) 
 
 @pytest.mark.xfail(strict=True, reason="a warning given while a graph is made is lost")
 def test_checkpointing_of_the_models_own_is_named() -> None:
-    model: Any = fxckpt.optimize(llama(), 0.9, effort="fast", front="dynamo")
+    model: Any = fxckpt.optimize(llama(), 0.9, effort="fast")
     model.activation_checkpointing_enable()
     ids = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.warns(CheckpointingBypassedWarning):

@@ -121,7 +121,7 @@ Train = Callable[[nn.Module, Path], Trained]
 def test_what_replaces_forward_is_planned_or_named(train: Train, tmp_path: Path) -> None:
     """Both trainers set a forward that ends in a head of their own."""
     expected = train(llama(), tmp_path)
-    ours = fxckpt.optimize(llama(), 0.8, effort="fast", front="dynamo")
+    ours = fxckpt.optimize(llama(), 0.8, effort="fast")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         found = train(ours, tmp_path)
@@ -140,7 +140,7 @@ def test_an_optimized_backbone(train: Train, tmp_path: Path) -> None:
     """The remedy: plan the part that their forward calls."""
 
     def within(model: Any) -> Any:
-        model.model = fxckpt.optimize(model.model, 0.7, effort="fast", front="dynamo")
+        model.model = fxckpt.optimize(model.model, 0.7, effort="fast")
         return model
 
     expected = train(llama(), tmp_path)

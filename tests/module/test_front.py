@@ -39,7 +39,7 @@ ROW = '`front="dynamo"`'
 
 
 def optimized(model: nn.Module, **options: Any) -> Any:
-    return fxckpt.optimize(model, "1GB", front="dynamo", solver="min_memory", cost_model="estimate", **options)
+    return fxckpt.optimize(model, "1GB", solver="min_memory", cost_model="estimate", **options)
 
 
 def plans_of(model: nn.Module) -> int:
