@@ -29,7 +29,6 @@ from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.steps.comparison import Comparison, compare
 from fxckpt.steps.step import Measurement, TrainingStep, measure_step
 from fxckpt.units import within
-from fxckpt.upstream.tensors import device_of
 
 Planned = TypeVar("Planned", bound=Callable[..., Any])
 """A module, or a function that calls some."""
@@ -94,7 +93,7 @@ def optimize(
     if example_inputs is not None or example_kwargs is not None:
         planner.prepare(_arguments(example_inputs), dict(example_kwargs or {}))
     elif memory_budget is None:
-        free_bytes(device_of(module.parameters()))  # to fail now rather than later
+        free_bytes(next((p.device for p in module.parameters()), torch.device("cpu")))  # to fail now rather than later
     return cast(Planned, result if isinstance(model, nn.Module) else PlannedFunction(plain(model), result))
 
 

@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx
 
 from fxckpt.errors import BudgetError
-from fxckpt.module.front import NothingToPlan, PlannedGraph, Planning
+from fxckpt.module.planned_graph import NothingToPlan, PlannedGraph
+from fxckpt.module.planning import Planning
 from fxckpt.options import read_options
 from fxckpt.upstream.dynamo import traced_graph
 

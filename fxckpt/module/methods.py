@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from fxckpt.module.bypass import Bypasses, reaches
-from fxckpt.module.front import Front, Planning
+from fxckpt.module.front import Front
+from fxckpt.module.planning import Planning
 from fxckpt.module.route import Route
 from fxckpt.pipeline import Compiled
 

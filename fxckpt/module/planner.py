@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from fxckpt.module.bypass import Bypasses
-from fxckpt.module.front import Planning
 from fxckpt.module.methods import Methods
+from fxckpt.module.planning import Planning
 from fxckpt.module.route import Route
 from fxckpt.module.unguarded import Unguarded
 from fxckpt.options import Options

@@ -11,7 +11,9 @@ from torch import nn
 
 from fxckpt.errors import CaptureError
 from fxckpt.module.bypass import Bypasses, reaches, wants_gradients
-from fxckpt.module.front import Front, NothingToPlan, Planning
+from fxckpt.module.front import Front
+from fxckpt.module.planned_graph import NothingToPlan
+from fxckpt.module.planning import Planning
 from fxckpt.upstream.dynamo import NotTraced, traced_for_plan
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.tracers import tracer_at_work

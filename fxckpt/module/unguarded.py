@@ -22,7 +22,7 @@ from fxckpt.core.plans import Plan
 from fxckpt.errors import CaptureError, FxckptError, RuntimeContractError, UnguardedCaptureWarning
 from fxckpt.module.bypass import Bypasses, wants_gradients
 from fxckpt.module.entries import Entries, Entry, Key
-from fxckpt.module.front import Planning
+from fxckpt.module.planning import Planning
 from fxckpt.pipeline import Compiled, profile_step
 from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents

@@ -121,17 +121,18 @@ def _called(
 def _optimized_forward(
     program: Program, backward_for: BackwardFor, twin: nn.Module, tensors: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    try:
-        return run_forward(program, watch(twin).given(program.roles.inputs, tensors), backward_for)
-    except UnexpectedValue as error:
-        raise VerificationError(f"{error}, so that the plain forward would run. Give inputs that pass it") from error
+    return run_forward(program, watch(twin).given(program.roles.inputs, tensors), backward_for)
 
 
 def _step(model: nn.Module, tensors: Sequence[torch.Tensor], forward: Forward, ends: Ends) -> Left:
     """What a step of a copy of the model leaves, from the present random-number state, which is put back."""
     with torch.random.fork_rng(), _random_forked(), torch.enable_grad():
         twin, given = _copy(model), copies(tensors)
-        outputs = forward(twin, given)
+        try:
+            outputs = forward(twin, given)
+        except UnexpectedValue as error:
+            what = str(error).splitlines()[0]  # who interprets a graph adds where it was
+            raise VerificationError(f"{what}, so that the plain forward would run. Give inputs that pass it") from error
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             differentiated = ends(outputs)
             torch.autograd.backward(differentiated, [_tangent(end) for end in differentiated])

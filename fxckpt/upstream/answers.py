@@ -35,6 +35,7 @@ from torch.distributions import constraints
 
 from fxckpt.upstream.bytecode import PASSED, Code, branches
 from fxckpt.upstream.floats import Floats
+from fxckpt.upstream.kernels import refuse_nested
 from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
 from fxckpt.upstream.patching import seen_here
@@ -50,11 +51,16 @@ _WARNS = ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
 _TRACING = ("transformers.utils.import_utils", "is_tracing")
 """How transformers' models ask whether they are traced."""
+_INSTALLS = ("transformers.utils.output_capturing", "maybe_install_capturing_hooks")
+"""What transformers' models do when they first run, once for all calls, under a lock."""
 _OF_SEVERAL = {
     inspect.unwrap(polyfills.builtins.any).__code__: True,
     inspect.unwrap(polyfills.builtins.all).__code__: False,
 }
 """Functions that go through several questions, and the answer at which they stop."""
+_ENCODER: Any = torch.nn.TransformerEncoder.forward
+_ALL_TRUE = {torch._check_tensor_all: 0, torch._check_tensor_all_with: 1}
+"""Functions that raise an error if not all elements of an argument are true, and which argument that is."""
 _CHECKING = frozenset({torch.nn.functional.gaussian_nll_loss})
 """Functions of torch in which values are checked, in Python."""
 
@@ -223,6 +229,8 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
     def call_torch(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
         if self.value is torch.nn.modules.activation._is_make_fx_tracing:
             return ConstantVariable.create(False)
+        if self.value in _ALL_TRUE:
+            return _expect_all(tx, args[_ALL_TRUE[self.value]]) or torch_call(self, tx, args, kwargs)
         if self.value in _CHECKING:
             return UserFunctionVariable(self.value).call_function(tx, args, kwargs)
         if not compiled and self.value in _QUESTIONS and not _is_told(tx.f_code):
@@ -234,11 +242,16 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
         seen_function = seen_here(self.fn)
         if seen_function is not self.fn:  # another thread captures just now
             return UserFunctionVariable(seen_function).call_function(tx, args, kwargs)
+        if self.fn is _ENCODER:
+            UserFunctionVariable(cast(FunctionType, refuse_nested)).call_function(tx, args, kwargs)  # may refuse
         named = self.fn.__module__, self.fn.__name__
         if named == _WARNS:
             return ConstantVariable.create(None)
         if named == _TRACING:
             return ConstantVariable.create(False)
+        if named == _INSTALLS and len(args) == 1:
+            self.fn(args[0].realize().value)
+            return ConstantVariable.create(None)
         return python_call(self, tx, args, kwargs)
 
     def call_skipped(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -264,6 +277,17 @@ _TOLD = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file
 
 def _is_told(code: CodeType) -> bool:
     return code.co_filename.startswith(_TOLD)
+
+
+def _expect_all(tx: Any, condition: Any) -> Any:
+    """A check that all elements of a tensor are true; None if there is no tensor."""
+    condition = condition.realize()
+    if not isinstance(condition, TensorVariable):
+        return None
+    value = condition.call_method(tx, "all", [], {})
+    if answer(value) is not True:
+        tx.output.create_proxy("call_function", EXPECT, (value.as_proxy(), True), {})
+    return ConstantVariable.create(None)
 
 
 def _checkpoint(seen: Seen, **options: Any) -> Any:

@@ -89,6 +89,22 @@ def _encode(
     src_key_padding_mask: torch.Tensor | None = None,
     is_causal: bool | None = None,
 ) -> torch.Tensor:
+    refuse_nested(encoder, src, mask, src_key_padding_mask)
+    return forward(encoder, src, mask, src_key_padding_mask, is_causal)
+
+
+def refuse_nested(
+    encoder: nn.TransformerEncoder,
+    src: torch.Tensor,
+    mask: torch.Tensor | None = None,
+    src_key_padding_mask: torch.Tensor | None = None,
+    is_causal: bool | None = None,  # noqa: ARG001 (called as the encoder is)
+) -> None:
+    """Raise an error where an encoder would use nested tensors, which only eager torch has.
+
+    Raises:
+        NotImplementedError: it would.
+    """
     first = encoder.layers[0]
     is_trained = first.training or any(x.requires_grad for x in (src, *first.parameters()))
     if encoder.use_nested_tensor and src_key_padding_mask is not None and mask is None and not is_trained:
@@ -96,7 +112,6 @@ def _encode(
             "a frozen nn.TransformerEncoder in eval mode leaves padding out where the mask allows it, by nested "
             "tensors, which can't be captured. Give it enable_nested_tensor=False"
         )
-    return forward(encoder, src, mask, src_key_padding_mask, is_causal)
 
 
 def _dropout(x: torch.Tensor, p: float, train: bool) -> torch.Tensor:

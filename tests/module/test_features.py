@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import fxckpt
 from benchmarks.models.cases import project
 from benchmarks.models.training import assert_same_bits, assert_same_step, run_step
-from fxckpt.errors import CaptureError, CheckpointingBypassedWarning
+from fxckpt.errors import CaptureError, CheckpointingBypassedWarning, UnguardedCaptureWarning
 from tests.fuzz.layers import Twice
 
 
@@ -587,4 +587,5 @@ def test_parts_that_torch_compile_would_skip() -> None:
             return y
 
     torch.manual_seed(0)
-    compare(Skips(), rows(8, 16))
+    with pytest.warns(UnguardedCaptureWarning, match="disable"):
+        compare(Skips(), rows(8, 16))

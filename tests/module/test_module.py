@@ -477,9 +477,19 @@ class Raises(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("make", [Picky, Remembers, Unfit])
+@pytest.mark.parametrize("make", [Picky, Unfit])
 @pytest.mark.works("errors")
 def test_a_failed_optimize_leaves_the_model_as_it_was(make: type[nn.Module]) -> None:
+    _fails_without_a_trace(make)
+
+
+@pytest.mark.usefixtures("untraceable")
+@pytest.mark.parametrize("make", [Picky, Remembers, Unfit])
+def test_a_failed_capture_by_a_call_leaves_the_model_as_it_was(make: type[nn.Module]) -> None:
+    _fails_without_a_trace(make)
+
+
+def _fails_without_a_trace(make: type[nn.Module]) -> None:
     model = make()
     before = dict(vars(model))
     weight = model.get_parameter("layer.weight").clone()
@@ -493,6 +503,8 @@ def test_a_failed_optimize_leaves_the_model_as_it_was(make: type[nn.Module]) -> 
     model(X).sum().backward()
 
 
+@pytest.mark.usefixtures("untraceable")
+@pytest.mark.filterwarnings("ignore::fxckpt.errors.UnguardedCaptureWarning")
 def test_what_forward_prepares_when_it_first_runs_is_undone_after_capture() -> None:
     class Prepares(nn.Module):
         def __init__(self) -> None:
@@ -516,9 +528,11 @@ def test_what_forward_prepares_when_it_first_runs_is_undone_after_capture() -> N
     assert_same_step(run_step(optimized, (X,), {}, project), expected)
 
 
+@pytest.mark.usefixtures("untraceable")
+@pytest.mark.filterwarnings("ignore::fxckpt.errors.UnguardedCaptureWarning")
 @pytest.mark.parametrize("place", ["a dictionary", "a buffer", "an attribute"])
 @pytest.mark.works("errors")
-def test_a_tensor_that_forward_stores_is_refused_wherever_it_is(place: str) -> None:
+def test_where_dynamo_traces_nothing_a_tensor_that_forward_stores_is_refused_wherever_it_is(place: str) -> None:
     class Stores(nn.Module):
         last: Tensor
 

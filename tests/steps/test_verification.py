@@ -82,7 +82,7 @@ def test_gradients_and_inputs_stay_as_they_were() -> None:
 def test_each_signature_is_verified_at_its_first_call() -> None:
     model, x = net()
     optimized = verified(model)
-    with mock.patch("fxckpt.module.unguarded.check_same_step") as check:
+    with mock.patch("fxckpt.module.planning.check_same_step") as check:
         for size in (12, 5, 12, 5):
             optimized(x[:size])
     assert check.call_count == 2
@@ -185,6 +185,18 @@ class Moody(nn.Module):
         return torch.sin(y)
 
 
+@pytest.mark.works("`verify=True`")
+def test_a_model_that_is_another_one_where_dynamo_traces_it() -> None:
+    _, x = net()
+    with (
+        mock.patch("fxckpt.upstream.answers._QUESTIONS", frozenset()),
+        pytest.raises(VerificationError, match="TorchDynamo traced computes something else than the model: output 0"),
+    ):
+        verified(Moody(), example_inputs=(x,))
+
+
+@pytest.mark.usefixtures("untraceable")
+@pytest.mark.filterwarnings("ignore::fxckpt.errors.UnguardedCaptureWarning")
 @pytest.mark.works("`verify=True`")
 def test_a_model_that_is_another_one_while_it_is_captured() -> None:
     _, x = net()
