@@ -26,7 +26,7 @@ ROWS: dict[str, str] = {
     "transformers": "more in `benchmarks/results/architectures.md`, with the reason where one does not",
     "errors": "",
     "`verify=True`": "",
-    '`front="dynamo"`': "",
+    "the graph is the model, or it says so": "",
     "threads, processes, interrupts": "",
     "anything else": "",
 }

@@ -80,7 +80,10 @@ class Lifted:
         for source, example in zip(graph.sources, graph.examples, strict=True):
             _check(source, example)
         self._module, self._checkpointed = graph.module, graph.checkpointed
-        self.given = tuple(_distinct([_given(s, x) for s, x in zip(graph.sources, graph.examples, strict=True)]))
+        known = {} if model is None else _places(model)
+        self.given = tuple(
+            _distinct([_given(s, x, known.get(id(x))) for s, x in zip(graph.sources, graph.examples, strict=True)])
+        )
         self.arguments = tuple(i for i, given in enumerate(self.given) if given.kind is InputKind.ARGUMENT)
         self.likely = _likely(graph)
         self.unused_bytes = _unused_bytes(graph, model)
@@ -134,7 +137,7 @@ def _check(source: str, example: Any) -> None:
         )
 
 
-def _given(source: str, example: Any) -> Given:
+def _given(source: str, example: Any, known: Given | None) -> Given:
     source = _IN_DICT.sub(r"._\1", source)
     parts = [next((v, k) for k, v in match.groupdict().items() if v) for match in _PART.finditer(source)]
     names = [name.strip("'\"") for name, _ in parts if name not in _NOT_NAMED]
@@ -147,7 +150,15 @@ def _given(source: str, example: Any) -> Given:
         kind = InputKind.BUFFER
     if kind is InputKind.ARGUMENT:
         return Given(kind, "")
+    if known is not None:
+        return known
     return Given(kind, ".".join(names[1:]) or "value")
+
+
+def _places(model: nn.Module) -> dict[int, Given]:
+    """Where the model's own parameters and buffers stand, by their ids."""
+    places = {id(buffer): Given(InputKind.BUFFER, name) for name, buffer in model.named_buffers()}
+    return places | {id(p): Given(InputKind.PARAMETER, name) for name, p in model.named_parameters()}
 
 
 def _is_held(source: str) -> bool:

@@ -23,8 +23,13 @@ from fxckpt.capture.roles import Result, Roles
 from fxckpt.errors import RuntimeContractError
 from fxckpt.rewrite.backends import Executable
 from fxckpt.rewrite.emitted import Emitted
+from fxckpt.runtime.leading import check_no_hooks, refuse_ways_between
 from fxckpt.upstream.aot import replayed_view
-from fxckpt.upstream.dispatch import backward_keeps_graph, plain_execution, when_backward_ends
+from fxckpt.upstream.dispatch import (
+    backward_keeps_graph,
+    plain_execution,
+    when_backward_ends,
+)
 from fxckpt.upstream.hooks import gradient_hooks_of
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.ops.layout import layout_of
@@ -86,7 +91,7 @@ def run_forward(
         leaves = [given[i] for i in program.emitted.stages[index].inputs]
         token = _apply(_Stage, step, index, token, *leaves)
     outputs = _apply(_Head, step, token)
-    step.watch(outputs)
+    step.watch(outputs, token.grad_fn)
     return [_result(result, outputs, given) for result in program.roles.results]
 
 
@@ -150,10 +155,11 @@ class _Step:
         self._saved = list(values[last:])
         return _sharing_memory(values[first:last], [role.requires_grad for role in roles.outputs])
 
-    def watch(self, outputs: Sequence[torch.Tensor]) -> None:
-        """Remember the versions of the outputs that backward reads, and which are computed from others."""
+    def watch(self, outputs: Sequence[torch.Tensor], first_stage: Any) -> None:
+        """Remember the versions of the outputs that backward reads, and from which of them others are computed."""
         roles = self._program.roles.outputs
         self._leading_on = [weakref.ref(o) for o, role in zip(outputs, roles, strict=True) if role.leads_on]
+        refuse_ways_between(outputs, self._leading_on, first_stage)
         read = (outputs[i] for i in self._program.emitted.read_outputs)
         self._watched = [(weakref.ref(output), version_of(output)) for output in read]
 
@@ -196,14 +202,7 @@ class _Step:
                 f"{changed.kind.value} {name} was changed in place between forward and backward, which needs its old "
                 "value"
             )
-        for leading in self._leading_on:
-            output = leading()
-            if output is not None and (gradient_hooks_of(output) or output.retains_grad):
-                raise RuntimeContractError(
-                    "an output that another output is computed from has a hook, or retains its gradient, but only the "
-                    "part of its gradient that does not come from the other would arrive there. Compute the other "
-                    "output outside of the model, register the hook inside of it, or use fxckpt.plain(model) for it"
-                )
+        check_no_hooks(self._leading_on)
         for reference, version in self._watched:
             output = reference()
             if output is not None and version_of(output) != version:

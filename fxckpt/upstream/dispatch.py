@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
 
 import torch
+from torch.autograd.graph import Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 __all__ = [
     "TorchDispatchMode",
+    "asked_gradients_of",
     "backward_keeps_graph",
     "describes_op",
     "is_traced",
@@ -18,8 +23,11 @@ __all__ = [
     "really_computed",
     "unseen_by_function_modes",
     "when_backward_ends",
+    "will_run",
 ]
 
+_ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
+_INPUTS = 3  # the place of what is differentiated with respect to among its arguments, behind the outputs
 _VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
@@ -64,6 +72,23 @@ def describes_op() -> bool:
 def backward_keeps_graph() -> bool:
     """Within a backward: whether its graph is retained, so that it may run again."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def will_run(node: Node) -> bool:
+    """Within a backward: whether a node of autograd's is on the way to what is differentiated with respect to."""
+    return bool(torch._C._will_engine_execute_node(node))
+
+
+def asked_gradients_of() -> tuple[Any, ...]:
+    """Within a backward: the tensors, or edges, that it was asked for gradients of, as far as that can be seen.
+
+    None where all leaves get theirs, and in threads of devices, which have no caller.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not _ENGINE_CALL:
+        frame = frame.f_back
+    given = () if frame is None else frame.f_locals["args"]
+    return tuple(given[_INPUTS]) if len(given) > _INPUTS else ()
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:
