@@ -32,13 +32,12 @@ class Front:
 
     Attributes:
         planning: what was planned.
-        draws: a graph has inputs that are drawn by Python's `random` before it runs.
     """
 
     def __init__(self, function: Callable[..., Any], model: nn.Module | None, planning: Planning) -> None:
         """`model` is the one whose paths name modules and parameters."""
         self.planning = planning
-        self.draws = False
+        self._draws = False  # whether a graph has inputs that Python's `random` draws before it runs
         self._function, self._model = function, model
         self._graphs: list[PlannedGraph] = []
         self._made_in_a_row = 0
@@ -54,13 +53,20 @@ class Front:
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The function's result, planned.
 
-        Raises:
+        Raises: in each case Python's random numbers are those of before.
             NotTraced: the function can't be traced.
             NothingToPlan: it computes nothing that can be differentiated.
             CaptureError: its graph can't be captured.
         """
-        with self._checked(args, kwargs):
-            return self._call(args, kwargs)
+        drawn = random.getstate() if self._draws else None
+        try:
+            with self._checked(args, kwargs):
+                return self._call(args, kwargs)
+        except BaseException:
+            state = drawn or self._traced.random_state
+            if state is not None:
+                random.setstate(state)
+            raise
 
     def _call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if len(self._graphs) > _GRAPHS_A_PLAN * self.planning.options.max_plans:  # their programs are gone already
@@ -125,7 +131,7 @@ class Front:
     def _make(self, graph: TracedGraph) -> Callable[..., Any]:
         if self._model is not None:
             check_plannable(self._model)
-        self.draws |= any("random_value" in source for source in graph.sources)
+        self._draws |= any("random_value" in source for source in graph.sources)
         planned = PlannedGraph(self.planning, graph, self._model)
         self._graphs.append(planned)
         return planned.run_weakly()

@@ -153,7 +153,8 @@ class Ledger:
     def _in_what_is_left(self, call: Call) -> Compiled:
         """The fastest way of a call that fits beside those that are outstanding, or the leanest, with a warning."""
         plan, allocated = call.expected.plan, call.expected.profile.graph.gradients_allocated
-        calls = [known for key in self._calls if (known := self._known[key]()) is not None]
+        kept = [self._known[key] for key in self._calls if key in self._known]  # models of others may be gone
+        calls = [known for reference in kept if (known := reference()) is not None]
         others = {id(c.owner): c for c in calls if c.owner is not call.owner}
         beside_bytes = sum(seat.held_bytes for seat in self._seats)
         beside_bytes += sum(resident_bytes(c.expected.profile.graph) for c in others.values())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
@@ -14,13 +15,19 @@ from typing import Any, Protocol
 from torch import nn
 
 from fxckpt.capture.structure import take_apart
+from fxckpt.core.outside import between_bytes, loss_bytes
 from fxckpt.core.plans import Plan
+from fxckpt.errors import OverBudgetWarning
 from fxckpt.module.entries import Entry
 from fxckpt.options import Options
 from fxckpt.pipeline import Compiled, annotate, make_plan, make_program
 from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents
 from fxckpt.steps.equivalence import check_same_step
+from fxckpt.units import format_bytes
+
+_WORTH_A_WORD = 1 / 50
+"""So much over the budget, against the budget, is told."""
 
 
 class Owner(Protocol):
@@ -45,6 +52,7 @@ class Planning:
     def __init__(self, options: Options) -> None:
         self.options = options
         self.runs = 0
+        self._looked_outside = False
         self.kept: OrderedDict[int, tuple[weakref.ref[Owner], Any]] = OrderedDict()
         self.latest: Compiled | None = None
         self.plans: deque[Plan] = deque(maxlen=options.max_plans)
@@ -77,8 +85,24 @@ class Planning:
         if other_outputs and options.plan is not None:
             options = replace(options, plan=None, budget=options.plan.budget_bytes)
         plan = make_plan(profile, options, self.plans)
+        if not options.graph_breaks:
+            self._look_outside(plan)
         self.plans.append(plan)
         return self.runnable(profile, plan, hooked)
+
+    def _look_outside(self, plan: Plan) -> None:
+        """Warn once where a loss that is computed outside of the model may need more than the budget."""
+        over_bytes = between_bytes(plan.timeline) - plan.budget_bytes
+        if over_bytes > _WORTH_A_WORD * plan.budget_bytes and not self._looked_outside:
+            self._looked_outside = True
+            warnings.warn(
+                "a loss that is computed outside of the model is not part of the plan. One such as cross entropy takes "
+                f"up to {format_bytes(loss_bytes(plan.timeline))} between forward and backward; the step is then "
+                f"up to {format_bytes(over_bytes)} over the budget of {format_bytes(plan.budget_bytes)}. Optimize the "
+                "function that computes the loss instead of the model, or leave room by reserve=",
+                OverBudgetWarning,
+                stacklevel=2,
+            )
 
     def runnable(self, profile: Profile, plan: Plan, hooked: frozenset[int]) -> Compiled:
         """A plan of a profiled step made runnable; `hooked` as for `compile`."""

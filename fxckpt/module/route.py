@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -83,16 +82,14 @@ class Route:
 
     def _planned(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         runs = self._planning.runs
-        drawn = random.getstate() if self.front.draws else None
         try:
             if self._otherwise.serves(args, kwargs):
                 return self._otherwise.call(None, args, kwargs)
             result = self.front.call(args, kwargs)
         except NothingToPlan:
-            _put_back(drawn)
             return self.function(*args, **kwargs)
         except UnexpectedValue:
-            return self._plainly(drawn, args, kwargs)
+            return self._plainly(args, kwargs)
         except (NotTraced, CaptureError) as error:
             reason = error
         else:
@@ -101,23 +98,16 @@ class Route:
             elif self._planning.options.graph_breaks and reaches(result, self._model.parameters()):
                 self._bypasses.say("parts of the model lie outside of all graphs that TorchDynamo made", stacklevel=4)
             return result
-        _put_back(drawn)
         try:
             return self._otherwise.call(reason, args, kwargs)
         except UnexpectedValue:
-            return self._plainly(drawn, args, kwargs)
+            return self._plainly(args, kwargs)
 
-    def _plainly(self, drawn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _plainly(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """What the function does where one of its checks of values fails: it raises its own error, if any."""
-        _put_back(drawn)
         result = self.function(*args, **kwargs)
         self._bypasses.say("the model's forward found something wrong with values, but raised no error", stacklevel=5)
         return result
-
-
-def _put_back(drawn: Any) -> None:
-    if drawn is not None:
-        random.setstate(drawn)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

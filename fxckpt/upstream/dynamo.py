@@ -6,6 +6,7 @@ Settings of Dynamo are changed for the time of a compilation and in the thread t
 from __future__ import annotations
 
 import contextlib
+import random
 import sys
 import threading
 import types
@@ -87,6 +88,11 @@ FUNCTION = "L['function']"
 class Traced:
     """A function that Dynamo has in hand: at each call it looks for a graph that holds, and makes one if none does.
 
+    Attributes:
+        why_again: why a graph did not hold last.
+        random_state: of Python's random numbers when the present call, or the last, was first traced; None if it was
+            not.
+
     What Dynamo keeps of a function is kept with the function's code. So the function is called from code of its own,
     and what is kept goes when this goes.
     """
@@ -94,6 +100,7 @@ class Traced:
     def __init__(self, function: Callable[..., Any], make: Make, *, one_graph: bool = True) -> None:
         self._make = make
         self.why_again = ""
+        self.random_state: Any = None
         self._seen = Seen()
         self._floats = Floats()
         owner = _in_own_code(function)
@@ -113,6 +120,7 @@ class Traced:
         Raises:
             NotTraced: the function can't be traced.
         """
+        self.random_state = None
         if eval_frame._stance.stance != "default":  # it is about functions that users compiled
             with torch.compiler.set_stance("default"):
                 return self._call(*args, **kwargs)
@@ -124,6 +132,8 @@ class Traced:
 
     def _begin(self, seen: Seen) -> None:
         self._seen = seen
+        if self.random_state is None:
+            self.random_state = random.getstate()
 
     def _graph(self, module: fx.GraphModule, examples: list[Any]) -> Callable[..., Any]:
         floats = [n for n in module.graph.nodes if n.op == "placeholder" and _source(n) in self._floats.inputs]

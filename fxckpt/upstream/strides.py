@@ -17,7 +17,9 @@ from torch import Tensor, _decomp
 from torch._C import DispatchKey
 from torch._prims_common import suggest_memory_format
 from torch._subclasses import fake_impls
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fxckpt.upstream import elementwise
 from fxckpt.upstream.fakes import descriptions_apart
 from fxckpt.upstream.operators import OpOverload, python_kernels
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
@@ -146,6 +148,7 @@ def right_views() -> Iterator[None]:
     """Let views have the strides that they have where they are computed, also of dims of size 1; for this thread."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(function_replaced(fake_impls.dispatch_to_op_implementations_dict, _unless_own))
+        stack.enter_context(function_replaced(FakeTensorMode._dispatch_impl, elementwise.described))
         for op in _OWN_DESCRIPTIONS:
             kernels = {key: kernel for key, kernel in op.py_kernels.items() if key is not DispatchKey.Meta}
             stack.enter_context(python_kernels(op, kernels))

@@ -27,6 +27,7 @@ from tests.fuzz.layers import (
     Twice,
     Weighted,
 )
+from tests.fuzz.state import STATE, Stateful
 
 ROWS, SEQUENCE, IMAGE, IDS = "rows", "sequence", "image", "ids"
 VOCABULARY = 11
@@ -320,5 +321,18 @@ def _on_all(functions: dict[str, Callable[..., Tensor]], count: int) -> dict[str
     }
 
 
-MENU: dict[str, Layer] = {**OF_ROWS, **OF_SEQUENCES, **OF_IMAGES, **_on_all(ANY, 1), **_on_all(PAIRS, 2)}
+OF_PYTHON = {
+    f"{name} ({form})": Layer((form,), form, lambda _, parts=parts: Stateful(*parts))  # type: ignore[misc]
+    for form in (ROWS, SEQUENCE, IMAGE)
+    for name, parts in STATE.items()
+}
+
+MENU: dict[str, Layer] = {
+    **OF_ROWS,
+    **OF_SEQUENCES,
+    **OF_IMAGES,
+    **_on_all(ANY, 1),
+    **_on_all(PAIRS, 2),
+    **OF_PYTHON,
+}
 """All layers by name."""

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.fuzz.described import Described
-from tests.fuzz.menu import IDS, IMAGE, MENU, ROWS, SEQUENCE, VOCABULARY, Sizes
+from tests.fuzz.menu import IDS, IMAGE, MENU, OF_PYTHON, ROWS, SEQUENCE, VOCABULARY, Sizes
 
 DTYPES = {"float": torch.float32, "double": torch.float64, "bfloat16": torch.bfloat16, "half": torch.float16}
 PLAIN, LOW, FROZEN, EVALUATED = "plain", "autocast", "frozen", "evaluated"
@@ -129,13 +129,16 @@ SIZES = st.builds(
 
 
 @st.composite
-def programs(draw: st.DrawFn, *, most_lines: int = 10) -> Program:
-    """Any program."""
+def programs(draw: st.DrawFn, *, most_lines: int = 10, least_stateful: int = 0) -> Program:
+    """Any program; so many of its last layers read, change or draw from Python."""
     inputs = tuple(draw(st.lists(_inputs(), min_size=1, max_size=3)))
     forms = [given.form for given in inputs]
     lines: list[Line] = []
     for _ in range(draw(st.integers(1, most_lines))):
         lines.append(draw(_line(tuple(forms), tuple(lines))))
+        forms.append(MENU[lines[-1].layer].writes)
+    for _ in range(least_stateful):
+        lines.append(_stateful(draw, forms))
         forms.append(MENU[lines[-1].layer].writes)
     values = [i for i, form in enumerate(forms) if form != IDS or i < len(inputs)]
     last = Output(len(forms) - 1, draw(st.sampled_from(("whole", "transposed", "chunks"))))
@@ -164,6 +167,14 @@ def _line(draw: st.DrawFn, forms: tuple[str, ...], before: tuple[Line, ...]) -> 
     same = [i for i, line in enumerate(before) if (line.layer, line.dtype, line.mode) == (layer, dtype, mode)]
     shares = draw(st.sampled_from((-1, *(i for i in same if before[i].shares < 0))))
     return Line(layer, reads, dtype, mode, shares)
+
+
+def _stateful(draw: st.DrawFn, forms: list[str]) -> Line:
+    """A line that has to do with Python."""
+    read = draw(st.sampled_from([i for i, form in enumerate(forms) if form != IDS] or [0]))
+    if forms[read] == IDS:
+        return Line("embedding", (read,))
+    return Line(draw(st.sampled_from([name for name in OF_PYTHON if name.endswith(f"({forms[read]})")])), (read,))
 
 
 def _fits(reads: tuple[str, ...], form: str, forms: tuple[str, ...]) -> bool:

@@ -245,6 +245,18 @@ def test_values_drawn_by_random_are_drawn_at_each_call() -> None:
     same_steps(Layers(lambda m, x: m.a(x) * random.random() + random.uniform(0, 2)))
 
 
+@pytest.mark.parametrize("requires_grad", [True, False])
+def test_numbers_are_drawn_once_where_there_is_nothing_to_plan(requires_grad: bool) -> None:
+    model = Layers(lambda m, x: m.a(x) * random.random()).requires_grad_(requires_grad)
+    twin, ours = copy.deepcopy(model), optimized(model)
+    for seed in range(3):
+        random.seed(seed)
+        expected, state = twin(rows(4, 8)), random.getstate()
+        random.seed(seed)
+        assert_same_bits(ours(rows(4, 8)), expected, "output")
+        assert random.getstate() == state
+
+
 DRAWS: dict[str, Callable[[Any, Tensor], Any]] = {
     "a layer left out": lambda m, x: m.a(x) if random.random() > 0.5 else x * m.a.bias,
     "a choice": lambda m, x: random.choice([m.a, m.b])(x),

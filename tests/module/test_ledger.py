@@ -243,3 +243,14 @@ def test_what_was_planned_together_goes_with_the_model() -> None:
     del ours, model
     gc.collect()
     assert all(reference() is None for reference in kept)
+
+
+def test_a_model_that_is_gone_while_its_call_is_outstanding() -> None:
+    a, b = rows(0, 1)
+    ours = fxckpt.optimize(tower(layers=4), "1GB", cost_model="reference", effort="fast")
+    result = ours(a)
+    del ours
+    gc.collect()
+    other = fxckpt.optimize(tower(layers=4), "1GB", cost_model="reference", effort="fast")
+    small(other(b))[0].backward()
+    small(result)[0].backward()

@@ -8,6 +8,7 @@ from typing import Protocol
 from tabulate import tabulate
 
 from fxckpt.core.graph import Graph
+from fxckpt.core.outside import between_bytes, loss_bytes
 from fxckpt.core.report import rows
 from fxckpt.core.report.planned import Planned
 from fxckpt.core.report.prose import closing_text
@@ -75,8 +76,18 @@ def facts(plan: Planned) -> list[tuple[str, str]]:
         ("gradients", gradients),
         ("graph", f"{graph.forward_count} forward and {graph.plain_count - graph.forward_count} backward ops"),
         ("repeated", f"{len(repeated)} ops, {sum(repeated.values())} runs more than the plain model"),
+        *_outside(plan),
         ("fingerprint", graph.fingerprint),
     ]
+
+
+def _outside(plan: Planned) -> list[tuple[str, str]]:
+    """What the plan does not see: a loss that is computed outside of the model."""
+    taken_bytes = loss_bytes(plan.timeline)
+    if not taken_bytes:
+        return []
+    taken, all_in_all = format_bytes(taken_bytes), format_bytes(between_bytes(plan.timeline))
+    return [("outside", f"a loss there is not planned: cross entropy takes up to {taken}, {all_in_all} in all")]
 
 
 def _title(plan: Planned) -> str:
