@@ -18,7 +18,19 @@ ROOT = Path(fxckpt.__file__).parent
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
 
 CORE = (
-    *("fields", "ops", "graph", "schedule", "lifetimes", "engines", "simulate", "solvers", "decisions", "report"),
+    *(
+        "fields",
+        "ops",
+        "graph",
+        "schedule",
+        "lifetimes",
+        "engines",
+        "simulate",
+        "outside",
+        "solvers",
+        "decisions",
+        "report",
+    ),
     *("plans", "pareto", "advice", "batch", "shares"),
 )
 """The rooms of `core/`, each of which may import those before it."""

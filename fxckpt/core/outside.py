@@ -8,11 +8,11 @@ still holds them) and all that the model saved. Other losses take less.
 
 from __future__ import annotations
 
-from fxckpt.core.shares import Offer, resident_bytes
+from fxckpt.core.graph import RESIDENT
 from fxckpt.core.simulate import Timeline
 
 _TIMES = 3
-_WORTH_A_WORD = 1 / 50
+_WORTH_A_WORD = 1 / 20
 
 
 def loss_bytes(timeline: Timeline) -> int:
@@ -27,4 +27,6 @@ def loss_bytes(timeline: Timeline) -> int:
 
 def between_bytes(timeline: Timeline) -> int:
     """What is in use between forward and backward with such a loss [B]."""
-    return resident_bytes(timeline.graph) + Offer.of(timeline).held_bytes + loss_bytes(timeline)
+    graph = timeline.graph
+    outputs = frozenset(s for s in graph.outputs if graph.storages[s].kind not in RESIDENT)
+    return graph.static_bytes + graph.bytes_of(outputs) + timeline.saved_bytes + loss_bytes(timeline)
