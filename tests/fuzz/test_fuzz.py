@@ -15,6 +15,7 @@ from fxckpt.core import schedule as schedules
 from fxckpt.core.graph import Graph
 from tests.fuzz import MENU, Input, Line, Output, Program, Refused, Sizes, Trial, check, trials
 from tests.fuzz.__main__ import Run
+from tests.fuzz.menu import OF_PYTHON
 from tests.support.strategies import graphs
 
 EXAMPLES = 30
@@ -389,6 +390,17 @@ FOUND: dict[str, Trial] = {
 @pytest.mark.works("anything else", "all that this has found")
 def test_what_was_found(name: str) -> None:
     check(FOUND[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("name", [name for name in MENU if name not in OF_PYTHON])
+def test_each_layer_in_small_batches(name: str, batch: int) -> None:
+    inputs = tuple(Input(form, form != "ids") for form in MENU[name].reads)
+    sizes = Sizes(batch=batch, length=1 if batch == 1 else 4, width=6, side=4)
+    lines = (Line(name, tuple(range(len(inputs)))),)
+    with contextlib.suppress(Refused):
+        check(Trial(Program(inputs, lines, (Output(len(inputs)),), sizes=sizes), "min_memory"))
 
 
 # The fuzzer itself

@@ -132,9 +132,8 @@ def test_checkpointing_of_the_models_own_gives_way(enable: str, tmp_path: Path) 
     assert_within(plan_of(ours).budget_bytes, found, expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a warning given while a graph is made is lost")
 def test_checkpointing_of_the_models_own_is_named() -> None:
-    model: Any = fxckpt.optimize(llama(), 0.9, effort="fast")
+    model: Any = fxckpt.optimize(llama(), "1GB", effort="fast")
     model.activation_checkpointing_enable()
     ids = torch.zeros(2, 8, dtype=torch.int64)
     with pytest.warns(CheckpointingBypassedWarning):
