@@ -26,6 +26,8 @@ from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.module.stand_in import planner_of
 from tests.support.captured import CapturedOnce
 
+pytestmark = pytest.mark.filterwarnings("ignore:a loss that is computed outside:fxckpt.errors.OverBudgetWarning")
+
 MIB = 2**20
 TOLERANCE = 0.01
 LOSS_BYTES = 64
