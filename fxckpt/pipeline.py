@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fxckpt.core.decisions import decisions
 from fxckpt.core.graph import Graph, Storage
 from fxckpt.core.plans import Plan
 from fxckpt.core.schedule import plain
+from fxckpt.core.shares import Offer
 from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.core.solvers import solve
 from fxckpt.errors import BudgetError, OverBudgetWarning, PlanMismatchError
@@ -36,6 +38,11 @@ class Compiled:
     profile: Profile
     plan: Plan
     program: Program
+
+    @cached_property
+    def held_bytes(self) -> int:
+        """What it adds to the memory in use from the end of its forward to the start of its backward [B]."""
+        return Offer.of(self.plan.timeline).held_bytes
 
     def numbered(self, present: Tangents) -> dict[int, tuple[int, ...]]:
         """The tangents `present` as `capture` takes them: strides by the number of the output among those with one."""

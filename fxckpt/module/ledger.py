@@ -98,7 +98,7 @@ class Ledger:
         else:
             compiled = call.expected
         allocated = call.expected.profile.graph.gradients_allocated
-        seat = Seat(Offer.of(compiled.plan.timeline).held_bytes, allocated, self)
+        seat = Seat(compiled.held_bytes, allocated, self)
         self._seats.append(seat)
         return compiled, seat
 
