@@ -140,6 +140,11 @@ class Graph:
         return sum(self.storages[s].size_bytes for s in storages)
 
     @cached_property
+    def own_outputs_bytes(self) -> int:
+        """Bytes of the outputs that are not there anyway, as a parameter or an input that is returned is [B]."""
+        return self.bytes_of(frozenset(s for s in self.outputs if self.storages[s].kind not in RESIDENT))
+
+    @cached_property
     def stage_bytes(self) -> int:
         """Gradients are handed over when this many bytes of them are waiting [B].
 

@@ -8,7 +8,6 @@ still holds them) and all that the model saved. Other losses take less.
 
 from __future__ import annotations
 
-from fxckpt.core.graph import RESIDENT
 from fxckpt.core.simulate import Timeline
 
 _TIMES = 3
@@ -28,5 +27,4 @@ def loss_bytes(timeline: Timeline) -> int:
 def between_bytes(timeline: Timeline) -> int:
     """What is in use between forward and backward with such a loss [B]."""
     graph = timeline.graph
-    outputs = frozenset(s for s in graph.outputs if graph.storages[s].kind not in RESIDENT)
-    return graph.static_bytes + graph.bytes_of(outputs) + timeline.saved_bytes + loss_bytes(timeline)
+    return graph.static_bytes + graph.own_outputs_bytes + timeline.saved_bytes + loss_bytes(timeline)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxckpt.core.graph import RESIDENT, Graph
+from fxckpt.core.graph import Graph
 from fxckpt.core.simulate import Timeline
 
 
@@ -35,9 +35,7 @@ class Offer:
         graph = timeline.graph
         shared_bytes = resident_bytes(graph)
         inputs_bytes = graph.static_bytes - shared_bytes
-        own = frozenset(s for s in graph.outputs if graph.storages[s].kind not in RESIDENT)
-        outputs_bytes = sum(graph.storages[s].size_bytes for s in own)
-        held_bytes = inputs_bytes + outputs_bytes + timeline.saved_bytes
+        held_bytes = inputs_bytes + graph.own_outputs_bytes + timeline.saved_bytes
         return cls(held_bytes, timeline.peak_bytes - shared_bytes, timeline.step_us)
 
 

@@ -38,7 +38,8 @@ class Front:
         """`model` is the one whose paths name modules and parameters."""
         self.planning = planning
         self._draws = False  # whether a graph has inputs that Python's `random` draws before it runs
-        self._function, self._model = function, model
+        self._model = model
+        self._checks = self._checked_forward(function)
         self._graphs: list[PlannedGraph] = []
         self._made_in_a_row = 0
         reference = weakref.ref(self)
@@ -60,6 +61,8 @@ class Front:
         """
         drawn = random.getstate() if self._draws else None
         try:
+            if self._checks is None:
+                return self._call(args, kwargs)
             with self._checked(args, kwargs):
                 return self._call(args, kwargs)
         except BaseException:
@@ -102,13 +105,18 @@ class Front:
             PREPARING.reset(token)
             random.setstate(drawn)
 
+    def _checked_forward(self, function: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The function for any copy of the model, if what is traced of it is to be compared with it and can be."""
+        own: Any = getattr(function, "__func__", None)
+        is_models = self._model is not None and getattr(function, "__self__", None) is self._model
+        wanted = self.planning.options.verify and not isinstance(self._model, FunctionModule)
+        return own if is_models and wanted else None
+
     @contextlib.contextmanager
     def _checked(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         """If that is wanted, what is traced meanwhile is compared with the model before it runs."""
-        own: Any = getattr(self._function, "__func__", None)
-        model = self._model
-        is_models = own is not None and getattr(self._function, "__self__", None) is model
-        if model is None or not is_models or not self.planning.options.verify or isinstance(model, FunctionModule):
+        model, own = self._model, self._checks
+        if model is None or own is None:
             yield
             return
 

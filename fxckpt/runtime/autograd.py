@@ -25,11 +25,7 @@ from fxckpt.rewrite.backends import Executable
 from fxckpt.rewrite.emitted import Emitted
 from fxckpt.runtime.leading import check_no_hooks, refuse_ways_between
 from fxckpt.upstream.aot import replayed_view
-from fxckpt.upstream.dispatch import (
-    backward_keeps_graph,
-    plain_execution,
-    when_backward_ends,
-)
+from fxckpt.upstream.dispatch import backward_keeps_graph, plain_execution, when_backward_ends
 from fxckpt.upstream.hooks import gradient_hooks_of
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.ops.layout import layout_of
