@@ -14,9 +14,12 @@ from unittest import mock
 
 import torch
 from torch._dynamo.variables import BuiltinVariable, TensorVariable
+from torch.fx import _symbolic_trace
 from torch.utils import checkpoint
 
-__all__ = ["APART", "checkpoint_generator", "truth_replaced"]
+from fxckpt.upstream.patching import state_apart
+
+__all__ = ["APART", "checkpoint_generator", "fx_tracing_apart", "truth_replaced"]
 
 _KNOWS_REGIONS = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
@@ -30,6 +33,14 @@ def checkpoint_generator() -> Callable[..., Any]:
     names = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
     found: Callable[..., Any] = next(getattr(checkpoint, name) for name in names if hasattr(checkpoint, name))
     return found
+
+
+def fx_tracing_apart() -> contextlib.AbstractContextManager[None]:
+    """Whether torch.fx traces is known in this thread alone, as it is without us from torch 2.15 on."""
+    if not hasattr(_symbolic_trace, "_is_fx_tracing_flag"):
+        return contextlib.nullcontext()
+    tells = (_symbolic_trace.Tracer.trace, _symbolic_trace.is_fx_tracing, _symbolic_trace.is_fx_symbolic_tracing)
+    return state_apart(_symbolic_trace, "_is_fx_tracing_flag", functions=tells)
 
 
 Truth = Callable[[Any, Any], Any]
