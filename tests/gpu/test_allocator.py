@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
 
+from benchmarks.models.cases import case as case_named
 from fxckpt.core.caching_allocator import AllocatorSettings, CachingAllocator
+from fxckpt.steps.step import TrainingStep
+from fxckpt.upstream.allocator import allocations, caching_allocator_settings
+from fxckpt.upstream.blas import blas_workspace_bytes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,3 +101,65 @@ def test_blocks_are_those_of_torch(text: str, seed: int) -> None:
         assert model.peak_allocated_bytes == torch.cuda.max_memory_allocated() - allocated
         assert model.peak_reserved_bytes == torch.cuda.max_memory_reserved() - reserved
         used.clear()
+
+
+def steps_of(name: str) -> TrainingStep:
+    case = case_named(name)
+    model, args, kwargs = case.build()
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.cuda(), (args, kwargs))
+    return TrainingStep(model.cuda(), args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["mlp", "gpt", "gpt_dropout", "resnet", "unet"])
+def test_the_peak_of_the_events_is_that_of_the_counters(name: str) -> None:
+    step = steps_of(name)
+    step.warm_up()
+    for _ in range(3):
+        with step.without_trace():
+            gc.collect()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            found = allocations(step.run, step.device)
+            assert found.peak_bytes == torch.cuda.max_memory_allocated() - before
+            assert sum(found.changes_bytes) == torch.cuda.memory_allocated() - before
+            assert found.peak_bytes > 0
+
+
+def test_measuring_leaves_the_peak_that_is_being_recorded() -> None:
+    big = torch.empty(512 * MIB, dtype=torch.uint8, device="cuda")
+    del big
+    recorded = torch.cuda.max_memory_allocated()
+    step = steps_of("mlp")
+    step.warm_up()
+    assert step.allocated_bytes() > 0
+    assert torch.cuda.max_memory_allocated() == recorded
+
+
+def test_what_cublas_keeps() -> None:
+    x, weight, bias = (torch.randn(64, 64, device="cuda", requires_grad=True) for _ in range(3))
+    found = []
+    with torch.cuda.stream(torch.cuda.Stream()):
+        start = torch.cuda.memory_allocated()
+        y = torch.mm(x, weight)
+        found.append(torch.cuda.memory_allocated() - start - 64 * 64 * 4)
+        del y
+        z = torch.addmm(bias[0], x, weight)
+        found.append(torch.cuda.memory_allocated() - start - 64 * 64 * 4)
+        gradients = torch.autograd.grad(z.sum(), (x, weight))
+        torch.cuda.synchronize()
+        del z, gradients
+        found.append(torch.cuda.memory_allocated() - start)
+    assert found[0] == blas_workspace_bytes(["aten::mm"], capability=None, threads=1)
+    assert found[1] == blas_workspace_bytes(["aten::mm", "aten.addmm.default"], capability=None, threads=1)
+    both = blas_workspace_bytes(["aten::mm"], capability=None, threads=1)
+    assert found[2] == found[1] + both  # backward has no bias
+    capability = torch.cuda.get_device_capability()
+    assert found[1] == blas_workspace_bytes(["aten::addmm"], capability=capability, threads=1)
+
+
+def test_settings_are_those_in_use() -> None:
+    with allocator_set("max_split_size_mb:64,roundup_power2_divisions:4"):
+        found = caching_allocator_settings(torch.device("cuda"))
+    assert found is not None
+    assert (found["max_split_size"], found["large_segment_size"]) == (64 * MIB, 20 * MIB)
+    assert set(found["roundup_power2_divisions"].values()) == {4}
