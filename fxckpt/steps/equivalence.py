@@ -125,8 +125,12 @@ def _optimized_forward(
 
 
 def _step(model: nn.Module, tensors: Sequence[torch.Tensor], forward: Forward, ends: Ends) -> Left:
-    """What a step of a copy of the model leaves, from the present random-number state, which is put back."""
-    with torch.random.fork_rng(), _random_forked(), torch.enable_grad():
+    """What a step of a copy of the model leaves, from the present random-number state, which is put back.
+
+    Backward runs in this thread, which holds locks that what it calls may need.
+    """
+    here = torch.autograd.set_multithreading_enabled(False)
+    with torch.random.fork_rng(), _random_forked(), torch.enable_grad(), here:
         twin, given = _copy(model), copies(tensors)
         try:
             outputs = forward(twin, given)
