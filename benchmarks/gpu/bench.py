@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,17 +73,39 @@ class Bench:
     def optimized(self, built: Built, budget: int | float, *, autocast: bool, **options: Any) -> nn.Module:
         """The built model planned in a budget for its inputs, under autocast or not.
 
-        Room is left for what is beside the model. Measured costs are kept for later processes, if there is a folder.
+        Room is left for what is beside the model.
 
         Raises:
             InfeasibleBudgetError: the budget is below the floor.
         """
         model, args, kwargs = built
         options = {"reserve": self.beside_bytes, **options}
-        if self.folder is not None:
-            options = {"cost_cache": self.folder / "costs.json", **options}
         with torch.autocast(self.device, torch.bfloat16, enabled=autocast):
             return fxckpt.optimize(model, budget, example_inputs=args, example_kwargs=kwargs, **options)
+
+    def held_bytes(self) -> int:
+        """Bytes that the process has allocated on the GPU [B]."""
+        return torch.cuda.memory_allocated() if self.device == "cuda" else 0
+
+    def peak_bytes(self, step: TrainingStep, before_bytes: int) -> int:
+        """The most bytes in use during a step that is warm [B].
+
+        Args:
+            step: the step.
+            before_bytes: what was held on the GPU before its model was built: whatever it keeps from one step to the
+                next counts, too.
+        """
+        if self.device != "cuda":
+            return step.resident_bytes() + step.allocated_bytes()
+        gc.collect()
+        self.synchronize()
+        rest_bytes = self.held_bytes()
+        with step.without_trace():
+            torch.cuda.reset_peak_memory_stats()
+            copies_bytes = self.held_bytes() - rest_bytes  # made to leave no trace
+            step.run()
+            self.synchronize()
+            return torch.cuda.max_memory_allocated() - copies_bytes - before_bytes
 
     def synchronize(self) -> None:
         """Wait for the device."""

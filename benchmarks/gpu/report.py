@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.gpu.subjects import TRAINED
+
 Row = Mapping[str, Any]
+
+README_SUBJECT = "gpt"
+"""The model whose table is in the README."""
+
+WAYS = {
+    "eager": "eager",
+    "checkpoint": "`checkpoint` every block",
+    "selective": "selective checkpointing of every block",
+    "compiled checkpoint": "`torch.compile` of `checkpoint` every block",
+}
 
 
 def page(data: Mapping[str, Any]) -> str:
@@ -102,4 +114,158 @@ def mib(size_bytes: float) -> str:
     return f"{size:,.0f}" if size >= 1000 else f"{size:.2f}"
 
 
-SECTIONS = {"correctness": _correctness}
+def _frontier(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Peak and time"
+    for subject in dict.fromkeys(row["settings"]["subject"] for row in rows):
+        found = [row for row in rows if row["settings"]["subject"] == subject]
+        yield f"### {TRAINED[subject].title}"
+        yield frontier_table(found)
+
+
+def frontier_table(rows: Sequence[Row]) -> str:
+    """The ways to run one model, by their peaks. Times are over eager's in the same process."""
+    samples = TRAINED[rows[0]["settings"]["subject"]].samples
+    headers = (
+        "",
+        "peak, MiB",
+        "of eager's",
+        "time over eager's",
+        "ms",
+        f"{samples}/s",
+        "gradients off by",
+        "budget kept",
+    )
+    reached = sorted((row for row in rows if "peak_bytes" in row), key=lambda row: -row["peak_bytes"])
+    below = [row for row in rows if "peak_bytes" not in row]
+    return table(headers, [*map(_frontier_cells, reached), *map(_below, below)])
+
+
+def way_text(row: Row) -> str:
+    """What was done to save memory."""
+    asked = row["settings"]
+    way, budget = asked["way"], asked["budget"]
+    if way == "fxckpt":
+        told = "at its floor" if budget == "floor" else f"in {budget:g} of eager's peak"
+        return " ".join((f"**fxckpt** {told}", *(name.replace("_", " ") for name in asked.get("options", ()))))
+    if way == "compile":
+        return "`torch.compile`" if budget == 1 else f"`torch.compile`, `activation_memory_budget` {budget:g}"
+    return WAYS[way]
+
+
+def _frontier_cells(row: Row) -> list[str]:
+    kept = "–"
+    if "budget_bytes" in row:
+        over_bytes = row["peak_bytes"] - row["budget_bytes"]
+        kept = "yes" if over_bytes <= 0 else f"**{over_bytes / row['budget_bytes']:.2%} over**"
+    difference = row["gradient_difference"]
+    return [
+        way_text(row),
+        mib(row["peak_bytes"]),
+        f"{row['peak_bytes'] / row['plain_bytes']:.3f}",
+        time_text(row["time"]),
+        f"{row['step_us'] / 1000:.1f}",
+        f"{row['samples_per_s']:,.0f}",
+        f"{difference:.1g}" if difference else "0",
+        kept,
+    ]
+
+
+def _below(row: Row) -> list[str]:
+    floor = f"below the floor of {mib(row['floor_bytes'])}"
+    return [way_text(row), floor, f"{row['floor_bytes'] / row['plain_bytes']:.3f}", *("–" for _ in range(5))]
+
+
+def time_text(time: Mapping[str, float]) -> str:
+    """A ratio with its quartiles."""
+    return f"{time['median']:.3f} ({time['low']:.3f}–{time['high']:.3f})"
+
+
+def _limit(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Out of memory, and what trains"
+    yield (
+        "The process may not hold more than the limit (`torch.cuda.set_per_process_memory_fraction`), in which it also "
+        "plans."
+    )
+    headers = ("", "eager's peak, MiB", "limit", "eager", "fxckpt", "budget", "allocated", "reserved")
+    yield table(headers, map(_limit_cells, rows))
+
+
+def _limit_cells(row: Row) -> list[str]:
+    sizes = (mib(row[name]) if name in row else "–" for name in ("budget_bytes", "allocated_bytes", "reserved_bytes"))
+    outcomes = [f"at {share:g} of the limit: {outcome.split(':')[0]}" for share, outcome in row["attempts"]]
+    title = TRAINED[row["settings"]["subject"]].title.split(",")[0]
+    return [
+        title,
+        mib(row["plain_bytes"]),
+        mib(row["limit_bytes"]),
+        row["eager"].split(":")[0],
+        "; ".join(outcomes),
+        *sizes,
+    ]
+
+
+def _host(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Time to launch a step"
+    yield "Until the last kernel is launched, on an idle device; medians of steps in turn."
+    headers = ("", "budget", "eager, ms", "fxckpt, ms", "ratio", "repeats")
+    yield table(headers, map(_host_cells, rows))
+
+
+def _host_cells(row: Row) -> list[str]:
+    asked = row["settings"]
+    return [
+        asked["model"],
+        "none" if asked["budget"] is None else f"{asked['budget']:g}",
+        f"{row['plain_us'] / 1000:.1f}",
+        f"{row['launch_us'] / 1000:.1f}",
+        time_text(row["time"]),
+        str(row["repeats"]),
+    ]
+
+
+def _planning(rows: Sequence[Row]) -> Iterator[str]:
+    yield "## Time to plan"
+    yield table(("", "costs in the cache", "ops", "s", "CPU, s"), map(_planning_cells, rows))
+
+
+def _planning_cells(row: Row) -> list[str]:
+    asked = row["settings"]
+    title = TRAINED[asked["subject"]].title.split(",")[0]
+    cache = "none" if asked["cache"] == "cold" else "all"
+    return [title, cache, str(row["ops"]), f"{row['planning_s']:.1f}", f"{row['cpu_s']:.1f}"]
+
+
+def readme(data: Mapping[str, Any]) -> str:
+    """What the README says: nothing if nothing was measured."""
+    done = [row for row in data["rows"] if row["status"] == "done"]
+    if not done:
+        return ""
+    kinds = {kind: [row for row in done if row["kind"] == kind] for kind in SECTIONS}
+    sentences = [*(correctness_summary(kinds["correctness"]) if kinds["correctness"] else ())]
+    sentences += [f"{sentence}." for row in kinds["limit"] if (sentence := limit_sentence(row))]
+    parts = [f"### On a GPU: {data['machine']['device']}", "\n".join(f"- {sentence}" for sentence in sentences)]
+    timed = [row for row in kinds["frontier"] if row["settings"]["subject"] == README_SUBJECT]
+    if timed:
+        parts += [f"{TRAINED[README_SUBJECT].title}; time over eager's, steps in turn:", frontier_table(timed)]
+    parts.append(f"{machine_text(data)} Everything: `benchmarks/results/gpu/results.md`.")
+    return "\n\n".join(part for part in parts if part)
+
+
+def limit_sentence(row: Row) -> str:
+    """What trains where eager runs out of memory; empty if that was not seen."""
+    if "budget_bytes" not in row or not row["eager"].startswith("OutOfMemoryError"):
+        return ""
+    title = TRAINED[row["settings"]["subject"]].title.split(",")[0]
+    return (
+        f"{title}: under a hard limit of {mib(row['limit_bytes'])} MiB eager runs out of memory; planned "
+        f"in {mib(row['budget_bytes'])} MiB it trains, with {mib(row['reserved_bytes'])} MiB reserved at most"
+    )
+
+
+SECTIONS = {
+    "correctness": _correctness,
+    "frontier": _frontier,
+    "limit": _limit,
+    "host": _host,
+    "planning": _planning,
+}

@@ -12,6 +12,7 @@ from benchmarks.gpu.report import page
 from benchmarks.gpu.worker import write
 
 ROOT = Path(__file__).parents[2]
+RESULTS = "results.json"
 
 
 class Results:
@@ -20,8 +21,8 @@ class Results:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / "results.json"
-        self.data = read(self._path) if self._path.exists() else {"machine": {}, "rows": []}
+        self._path = folder / RESULTS
+        self.data = read(self._path)
         self._source = source()
 
     def told(self, machine: dict[str, Any]) -> None:
@@ -46,7 +47,9 @@ class Results:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What a file holds."""
+    """What a file holds; nothing if there is none."""
+    if not path.exists():
+        return {"machine": {}, "rows": []}
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return data
 

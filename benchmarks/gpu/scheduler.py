@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import IO, Any
 from benchmarks.gpu.jobs import Job
 
 _POLL_S = 0.02
+_GRACE_S = 1.0
 _TAIL = 1500
 """So many characters of a failed process's output are kept."""
 
@@ -36,9 +38,11 @@ class _Worker:
 
     def stop(self) -> None:
         """End it with all that it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # it leads a group of its own
-        self.process.wait()
+        for number in (signal.SIGTERM, signal.SIGKILL):  # a compiler that it runs removes what is half written
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)  # it leads a group of its own
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_GRACE_S)
         if self.process.stdin is not None and not self.process.stdin.closed:
             self.process.stdin.close()
 

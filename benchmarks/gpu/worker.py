@@ -21,6 +21,8 @@ import transformers
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.correctness import correctness
+from benchmarks.gpu.limits import limit, planning
+from benchmarks.gpu.timing import frontier, host, prepare
 
 
 def machine(bench: Bench) -> dict[str, Any]:
@@ -38,7 +40,15 @@ def machine(bench: Bench) -> dict[str, Any]:
     return found
 
 
-MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {"machine": machine, "correctness": correctness}
+MEASUREMENTS: dict[str, Callable[..., dict[str, Any]]] = {
+    "machine": machine,
+    "correctness": correctness,
+    "frontier": frontier,
+    "prepare": prepare,
+    "host": host,
+    "limit": limit,
+    "planning": planning,
+}
 
 
 def measured(kind: str, settings: dict[str, Any], bench: Bench) -> dict[str, Any]:
