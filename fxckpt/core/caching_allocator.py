@@ -1,8 +1,8 @@
 """How torch's caching allocator for CUDA hands out memory: the same blocks for the same requests, in one stream.
 
 What torch counts as allocated is blocks, not what was asked for. A request of up to 1 MiB is cut from a segment of
-2 MiB, a larger one of less than 10 MiB from one of 20 MiB, and a still larger one has a segment of its own, in multiples
-of 2 MiB. The smallest free block that is large enough is taken; a large one is not split where no more than 1 MiB would
+2 MiB, a larger one of less than 10 MiB from one of 20 MiB, and a still larger one has a segment of its own, of whole
+2 MiB. The smallest free block that is large enough is taken; a large one is not split where no more than 1 MiB would
 remain, so all of it counts. Blocks that are freed are joined with free neighbours and kept. With expandable segments
 there is one segment of small and one of large blocks, which grow at their ends, and every block is split.
 

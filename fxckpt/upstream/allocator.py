@@ -92,8 +92,8 @@ def allocated_bytes(size_bytes: int, device: torch.device) -> int:
 def caching_allocator_settings(device: torch.device) -> dict[str, Any] | None:
     """How the caching allocator of a CUDA device is set; None where another allocator serves it.
 
-    Keys are "expandable_segments", "max_split_size" (-1: none is set) [B], "roundup_power2_divisions" (from sizes in MiB
-    to divisions), as `torch.cuda.memory._snapshot` has them, and "large_segment_size" [B].
+    Keys are "expandable_segments", "max_split_size" (-1: none is set) [B], "roundup_power2_divisions" (from sizes in
+    MiB to divisions), as `torch.cuda.memory._snapshot` has them, and "large_segment_size" [B].
     """
     if torch.cuda.get_allocator_backend() != "native":
         return None

@@ -42,11 +42,8 @@ class Plain:
                 fitting.remove(smallest)
         best = min(fitting, key=lambda p: (p.size, p.segment, p.start), default=None)
         if best is not None and self.most_split is not None:
-            oversize = best.size >= self.most_split
-            if size < self.most_split and oversize:
-                best = None
-            elif size >= self.most_split and best.size >= size + 20 * MIB:
-                best = None
+            most = size + 20 * MIB if size >= self.most_split else self.most_split
+            best = best if best.size < most else None
         if best is None:
             best = self._grow(pool, size) if self.expandable else self._segment(pool, size)
         rest = best.size - size
