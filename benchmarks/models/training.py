@@ -84,7 +84,7 @@ def assert_same_step(found: Step, expected: Step) -> None:
 def measured_peak_bytes(model: nn.Module, case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The most bytes that one step allocates at any time, beside what is there before it [B]."""
     torch.manual_seed(7)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as measured:
         outputs = model(*args, **kwargs)
         case.loss(outputs).backward()
     events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]

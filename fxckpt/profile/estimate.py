@@ -15,7 +15,7 @@ from torch import fx
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from fxckpt.capture.nodes import tensors, value
-from fxckpt.upstream.operators import ATTENTION_ON_CPU, ATTENTION_ON_CPU_BACKWARD
+from fxckpt.upstream.operators import ATTENTION, ATTENTION_BACKWARD
 from fxckpt.upstream.pytree import tree_map_only
 
 
@@ -68,28 +68,34 @@ _Shape = Sequence[int]
 
 
 def _attention_flops(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    batch, heads, queries, width = query
-    return 2 * batch * heads * queries * key[-2] * (width + value[-1])
+    return _pairs(query, key) * 2 * (query[-1] + value[-1])
 
 
 def _attention_backward_flops(_: _Shape, query: _Shape, key: _Shape, value: _Shape, *__: Any, **___: Any) -> int:
-    return _attention_flops(query, key, value) * 5 // 2
+    return _pairs(query, key) * 2 * (3 * query[-1] + 2 * value[-1])
 
 
-CPU_ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
-    ATTENTION_ON_CPU: _attention_flops,
-    ATTENTION_ON_CPU_BACKWARD: _attention_backward_flops,
+def _pairs(query: _Shape, key: _Shape) -> int:
+    """Pairs of a query and a key. Several heads of queries may share one of keys, which is computed with each of them."""
+    batch, heads, queries, _ = query
+    return batch * heads * queries * key[-2]
+
+
+ATTENTION_FLOPS: dict[Any, Callable[..., int]] = {
+    **dict.fromkeys(ATTENTION, _attention_flops),
+    **dict.fromkeys(ATTENTION_BACKWARD, _attention_backward_flops),
 }
-"""What torch's own registry lacks: from the shapes of the arguments to floating-point operations."""
+"""From the shapes of the arguments to floating-point operations. Torch's own registry lacks some of these ops, and in
+some versions refuses that queries have more heads than keys."""
 
-_WRAPPED = {packet: shape_wrapper(formula) for packet, formula in CPU_ATTENTION_FLOPS.items()}
+_WRAPPED = {packet: shape_wrapper(formula) for packet, formula in ATTENTION_FLOPS.items()}
 
 
 def count_flops(node: fx.Node) -> int:
     """Floating-point operations of a matrix product, convolution or attention; 0 for other ops."""
     packet = getattr(node.target, "overloadpacket", None)
     args, kwargs = tree_map_only(fx.Node, value, (node.args, node.kwargs))
-    formula = flop_registry.get(packet) or _WRAPPED.get(packet)
+    formula = _WRAPPED.get(packet) or flop_registry.get(packet)
     return int(formula(*args, **kwargs, out_val=value(node))) if formula else 0
 
 

@@ -20,7 +20,7 @@ def allocation_changes(run: Callable[[], Any]) -> Iterator[int]:
     """Run something on CPU; the sizes that it allocated (positive) and released (negative), in order [B]."""
     gc.collect()
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler's library prints its probes to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     results = profiler.profiler.kineto_results
     events = [event for event in results.events() if event.name() == "[memory]"]

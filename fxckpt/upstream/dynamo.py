@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxckpt.errors import FxckptError
 from fxckpt.upstream.answers import Seen, answers
 from fxckpt.upstream.floats import Floats, is_exact
+from fxckpt.upstream.versions import APART
 
 _SETTINGS: dict[str, Any] = {
     "accumulated_recompile_limit": sys.maxsize,
@@ -107,7 +108,7 @@ class Traced:
         backend, note_failure = _weakly(self, Traced._graph), _weakly(self, Traced._note_failure)
         with _validation_kept():
             context: Any = torch._dynamo.optimize(
-                backend, nopython=one_graph, dynamic=False, isolate_recompiles=True, guard_fail_fn=note_failure
+                backend, nopython=one_graph, dynamic=False, guard_fail_fn=note_failure, **APART
             )
         context.callback = _Callback(context.callback, self._floats, _weakly(self, Traced._begin))
         self._call = context(owner)
