@@ -73,6 +73,7 @@ def capture(
     tangents: Mapping[int, tuple[int, ...]] | None = None,
     likely: frozenset[int] | None = None,
     annotates: bool = False,
+    on: torch.device | None = None,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -106,13 +107,13 @@ def capture(
         constants,
         contextlib.ExitStack() as stack,
     ):
-        if device.type == "cuda":
+        if (on or device).type == "cuda":
             stack.enter_context(descriptions_apart("on CUDA"))
             stack.enter_context(right_views())
         else:
             stack.enter_context(right_strides())
         stack.enter_context(_backward_from(traced, tangents, likely))
-        module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
+        module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors, on or torch.device('cpu'))))
     outputs = traced.outputs
     if outputs is None:
         raise CaptureError("the model's forward was never called while it was captured")

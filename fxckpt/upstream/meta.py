@@ -17,7 +17,9 @@ from fxckpt.upstream.fakes import FakeTensorMode
 
 
 @contextlib.contextmanager
-def made_present(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+def made_present(
+    module: nn.Module, tensors: Sequence[torch.Tensor], device: torch.device = torch.device("cpu")
+) -> Iterator[list[torch.Tensor]]:
     """Give a module on the meta device fake parameters and buffers on the CPU; yields fake inputs to go with them.
 
     Modules and inputs on real devices are left alone.
@@ -32,7 +34,7 @@ def made_present(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
             with mode, torch.no_grad():
-                form = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+                form = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
                 made[id(tensor)] = form.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]
 
