@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.nn.modules import activation
 
 from fxckpt.upstream.operators import python_kernels
+from fxckpt.upstream.ops.batch_norm import CUDNN_BATCH_NORM, cudnn_batch_norm
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 aten = torch.ops.aten
@@ -46,7 +47,7 @@ def own_kernels() -> Iterator[None]:
 def _without_python_forms() -> Iterator[None]:
     """Put the Python implementations aside."""
     with contextlib.ExitStack() as stack:
-        for overload in _rewritten_overloads():
+        for overload in (*_rewritten_overloads(), CUDNN_BATCH_NORM):
             if not overload.py_kernels.keys().isdisjoint(_KEYS):
                 kernels = {key: kernel for key, kernel in overload.py_kernels.items() if key not in _KEYS}
                 stack.enter_context(python_kernels(overload, kernels))
@@ -134,6 +135,9 @@ def _changes_as_in_eager() -> Iterator[None]:
         if func is aten.expand.default and _expands_nothing(args[0], args[1]):
             with mode:
                 return _with_dims(args[0], len(args[1]))
+        if func is CUDNN_BATCH_NORM:
+            with mode:
+                return cudnn_batch_norm(*args, **(kwargs or {}))
         filled = _FILLS.get(func)
         if filled is None or args[0].is_contiguous():
             return original(mode, func, types, args, kwargs)
