@@ -9,6 +9,7 @@ functions, that they are on the GPU.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,25 +19,60 @@ from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from fxckpt.upstream.gpu_choices import chosen_for
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 _META = torch.device("meta")
 _ASKED_DEVICE = torch.ops.prim.device.default
 
 
+class _Assumed(threading.local):
+    """Whether this thread traces for a GPU that is not there."""
+
+    now = False
+
+
+_ASSUMED = _Assumed()
+
+
 @contextlib.contextmanager
-def gpu_assumed(device: torch.device) -> Iterator[None]:
-    """Tensors traced within may be on a GPU that is not there; nothing is computed."""
+def traced_for(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
+    """Fake tensors on this CUDA device, of this compute capability, are traced as tensors on it are, if it is there or
+    not.
+    """
+    present = torch.cuda.is_available()
+    with contextlib.ExitStack() as stack:
+        if not present:
+            stack.enter_context(_absent(device))
+        if not present or torch.cuda.get_device_capability(device) != capability:
+            stack.enter_context(chosen_for(capability, lambda x: placed_on(x).type == "cuda"))
+        yield
+
+
+def computed_on(device: str | torch.device) -> str | torch.device:
+    """Where numbers are computed that are asked for while tensors on `device` are traced: on the CPU if there is no
+    such device.
+    """
+    kind = torch.device(device).type
+    return "cpu" if kind == "meta" or (kind == "cuda" and _ASSUMED.now) else device
+
+
+@contextlib.contextmanager
+def _absent(device: torch.device) -> Iterator[None]:
     casts = torch._C.DispatchKeySet(DispatchKey.AutocastCUDA)
     with (
         attribute_replaced(FunctionalTensor, "_extra_dispatch_keys", FunctionalTensor._extra_dispatch_keys | casts),
-        attribute_replaced(FunctionalTensor, "device", property(device_of)),
-        attribute_replaced(FunctionalTensor, "is_cuda", property(lambda x: device_of(x).type == "cuda")),
+        attribute_replaced(FunctionalTensor, "device", property(placed_on)),
+        attribute_replaced(FunctionalTensor, "is_cuda", property(lambda x: placed_on(x).type == "cuda")),
         function_replaced(FakeTensorMode._dispatch_impl, _on(device)),
         function_replaced(FakeTensorMode.dispatch, _dispatch),
         _told(FakeTensor),
     ):
-        yield
+        before, _ASSUMED.now = _ASSUMED.now, True
+        try:
+            yield
+        finally:
+            _ASSUMED.now = before
 
 
 def _told_to_autograd(args: tuple[Any, ...]) -> torch.device:
@@ -59,7 +95,7 @@ def _told(kind: type[Tensor]) -> contextlib.AbstractContextManager[None]:
     return attribute_replaced(kind, "__torch_dispatch__", classmethod(dispatch))
 
 
-def device_of(x: Tensor) -> torch.device:
+def placed_on(x: Tensor) -> torch.device:
     """Where a traced tensor is said to be."""
     if isinstance(x, FunctionalTensor):
         x = torch._from_functional_tensor(x.elem)
