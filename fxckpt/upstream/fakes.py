@@ -9,6 +9,7 @@ from typing import Any
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -19,6 +20,7 @@ from fxckpt.upstream.patching import attribute_replaced
 __all__ = [
     "DataDependentOutputException",
     "DynamicOutputShapeException",
+    "FakeTensor",
     "FakeTensorMode",
     "UnsupportedOperatorException",
     "descriptions_apart",
