@@ -19,6 +19,9 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+CUDA_BLOCK_BYTES = 512
+"""What torch's allocator hands out on CUDA are multiples of this [B]."""
+
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
@@ -69,6 +72,15 @@ def within(budget: str | int | float, peak_bytes: int) -> int:
             'write bytes as an int or a text such as "8GB"'
         )
     return int(budget * peak_bytes)
+
+
+def whole_blocks(size_bytes: int, block_bytes: int) -> int:
+    """A size rounded up to whole blocks [B]; nothing takes nothing.
+
+    >>> whole_blocks(513, CUDA_BLOCK_BYTES), whole_blocks(0, CUDA_BLOCK_BYTES)
+    (1024, 0)
+    """
+    return -(-size_bytes // block_bytes) * block_bytes
 
 
 def format_bytes(size_bytes: int) -> str:

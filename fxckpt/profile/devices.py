@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fxckpt.units import CUDA_BLOCK_BYTES
+
 
 @dataclass(frozen=True)
 class DeviceProfile:
@@ -49,7 +51,7 @@ class DeviceProfile:
 
 _PCIE_4, _PCIE_5 = 31.5e9, 63.0e9
 """Sixteen lanes of 16 or 32 GT/s at 128b/130b, in one direction [B/s]."""
-_LAUNCH_US, _BLOCK_BYTES = 4.0, 512  # torch's caching allocator hands out blocks of 512 B
+_LAUNCH_US, _BLOCK_BYTES = 4.0, CUDA_BLOCK_BYTES
 
 
 def _tera(float32: float, tf32: float, half: float, float64: float, float8: float = 0.0) -> dict[str, float]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_BLOCK_BYTES = 512
 _MIB = 2**20
 
 
@@ -82,11 +81,6 @@ def allocation_changes(run: Callable[[], Any], device: torch.device = _CPU) -> I
 def peak_allocated_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that were in use while something ran, above those in use before it [B]."""
     return allocations(run, device).peak_bytes
-
-
-def allocated_bytes(size_bytes: int, device: torch.device) -> int:
-    """What the allocator takes for a request at the least: on CUDA whole blocks [B]."""
-    return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES if device.type == "cuda" else size_bytes
 
 
 def caching_allocator_settings(device: torch.device) -> dict[str, Any] | None:

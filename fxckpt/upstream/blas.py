@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import torch
 
-from fxckpt.upstream.allocator import allocated_bytes
+from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
 
 _OPS = frozenset(("addbmm", "addmm", "addmv", "baddbmm", "bmm", "dot", "mm", "mv", "vdot", "_scaled_mm"))
 _LT_OPS = frozenset(("addmm", "_scaled_mm"))
@@ -40,8 +40,7 @@ def blas_workspace_bytes(ops: Iterable[str], *, capability: tuple[int, int] | No
     if not _ASKS and not packets.isdisjoint(_LT_OPS):
         lt_bytes = int(os.environ.get("CUBLASLT_WORKSPACE_SIZE", _KIB)) * _KIB
         sizes_bytes.append(min(lt_bytes, *sizes_bytes))
-    cuda = torch.device("cuda")
-    return threads * sum(allocated_bytes(size_bytes, cuda) for size_bytes in sizes_bytes)
+    return threads * sum(whole_blocks(size_bytes, CUDA_BLOCK_BYTES) for size_bytes in sizes_bytes)
 
 
 def _workspace_bytes(capability: tuple[int, int] | None) -> int:
