@@ -157,7 +157,8 @@ class Ledger:
         calls = [known for reference in kept if (known := reference()) is not None]
         others = {id(c.owner): c for c in calls if c.owner is not call.owner}
         beside_bytes = sum(seat.held_bytes for seat in self._seats)
-        beside_bytes += sum(resident_bytes(c.expected.profile.graph) for c in others.values())
+        graphs = [c.expected.profile.graph for c in others.values()]
+        beside_bytes += sum(resident_bytes(graph) - graph.library_bytes for graph in graphs)  # libraries serve all
         timelines = [plan.timeline, *call.timelines(gradients_allocated=allocated)]
         fitting = [t for t in timelines if t.peak_bytes + beside_bytes <= plan.budget_bytes]
         best = min(fitting or timelines, key=lambda t: t.step_us if fitting else t.peak_bytes)
@@ -198,11 +199,12 @@ def _beside_bytes(calls: Sequence[Call], with_gradients: Collection[int], gradie
 
     Gradients are there for all models, if they are allocated, else for those whose ids are in `with_gradients`.
     """
-    sum_bytes = 0
+    sum_bytes = library_bytes = 0
     for key, call in {id(c.owner): c for c in calls}.items():
-        there = gradients_allocated or key in with_gradients
-        sum_bytes += resident_bytes(call.expected.profile.graph.with_gradients(there))
-    return sum_bytes
+        graph = call.expected.profile.graph.with_gradients(gradients_allocated or key in with_gradients)
+        sum_bytes += resident_bytes(graph) - graph.library_bytes
+        library_bytes = max(library_bytes, graph.library_bytes)  # they serve all models
+    return sum_bytes + library_bytes
 
 
 def _budget_bytes(call: Call, offers: Sequence[Sequence[Offer]], beside_bytes: int) -> int:

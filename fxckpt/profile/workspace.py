@@ -33,7 +33,7 @@ def workspaces(calls: Mapping[str, Callable[[], Call]], device: torch.device) ->
     """
     found: Workspaces = {}
     ran: list[str] = []
-    mark_bytes = _MARK_BYTES[device.type]
+    mark_bytes = _MARK_BYTES["cuda" if device.type == "cuda" else "cpu"]
 
     def mark() -> None:
         torch.empty(mark_bytes, dtype=torch.uint8, device=device)

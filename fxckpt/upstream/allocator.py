@@ -59,17 +59,10 @@ def allocations(run: Callable[[], Any], device: torch.device = _CPU) -> Allocati
         _wait(device)
     events = profiler.profiler.kineto_results.events()
     kind = getattr(torch._C._autograd.DeviceType, device.type.upper())
-    index = device.index if device.index is not None or device.type == "cpu" else torch.cuda.current_device()
-    changes = sorted(
-        (
-            event
-            for event in events
-            if event.name() == "[memory]"
-            and event.device_type() == kind
-            and (device.type == "cpu" or event.device_index() == index)
-        ),
-        key=lambda event: event.start_ns(),
-    )
+    index = torch.empty(0, device=device).get_device()  # -1: there is only one
+    memory = [event for event in events if event.name() == "[memory]" and event.device_type() == kind]
+    changes = [event for event in memory if index < 0 or event.device_index() == index]
+    changes.sort(key=lambda event: event.start_ns())
     return Allocations(tuple(event.nbytes() for event in changes), frozenset(event.name() for event in events))
 
 
