@@ -171,7 +171,7 @@ def advise(
     parameters = _module(model).parameters()
     optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer, parameters)
     return Advice(
-        found, optimizer_bytes, None if memory_budget is None else within(memory_budget, found.baseline.peak_bytes)
+        found, optimizer_bytes, None if memory_budget is None else found.budget_bytes(memory_budget)
     )
 
 

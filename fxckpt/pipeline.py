@@ -137,7 +137,7 @@ def make_plan(profile: Profile, options: Options, before: Sequence[Plan] = ()) -
     occupancy = _occupancies(profile, options)
     taken = occupancy(baseline, eager=True) if occupancy else None
     plain_bytes = taken.allocated_bytes if taken else baseline.peak_bytes
-    budget_bytes = budget_in_bytes(options.budget, plain_bytes, device)
+    budget_bytes = budget_in_bytes(options.budget, plain_bytes, device, graph.library_bytes)
     if isinstance(options.budget, float):
         budget_bytes = max(budget_bytes, *(plan.budget_bytes for plan in before), 0)
     if options.plan is not None:
@@ -191,14 +191,16 @@ def _with_blocks(plan: Plan, taken: Occupancy | None, occupancy: _Occupancies | 
     return replace(plan, blocks=blocks)
 
 
-def budget_in_bytes(budget: Budget, peak_bytes: int, device: torch.device) -> int:
+def budget_in_bytes(budget: Budget, peak_bytes: int, device: torch.device, kept_bytes: int = 0) -> int:
     """The bound on the peak that a user's budget means where the plain model's peak is `peak_bytes` [B].
+
+    `kept_bytes` of it are what libraries keep.
 
     Raises:
         BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of
             its own.
     """
-    return free_bytes(device) if budget is None else within(budget, peak_bytes)
+    return free_bytes(device) if budget is None else within(budget, peak_bytes, kept_bytes)
 
 
 def free_bytes(device: torch.device) -> int:

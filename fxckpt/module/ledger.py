@@ -18,7 +18,7 @@ from fxckpt.core.shares import Offer, lean, peak_bytes, resident_bytes, share, s
 from fxckpt.core.simulate import Timeline
 from fxckpt.errors import OverBudgetWarning
 from fxckpt.pipeline import Compiled
-from fxckpt.units import format_bytes
+from fxckpt.units import format_bytes, within
 
 
 class Kin:
@@ -212,7 +212,8 @@ def _budget_bytes(call: Call, offers: Sequence[Sequence[Offer]], beside_bytes: i
     if call.fraction is None:
         return call.expected.plan.budget_bytes
     plain = tuple(len(ways) - 1 for ways in offers)
-    return int(call.fraction * (peak_bytes(offers, plain) + beside_bytes))
+    kept_bytes = call.expected.profile.graph.library_bytes
+    return within(call.fraction, peak_bytes(offers, plain) + beside_bytes, kept_bytes)
 
 
 def _warn(reached_bytes: int, budget_bytes: int, more: str = "") -> None:
