@@ -38,13 +38,13 @@ def solve_in_blocks(
         InfeasibleBudgetError: no schedule was found whose peak is within the budget.
     """
     room_bytes = max(expected_bytes, 0)
+    refused = ""
     for number in range(_ROUNDS):
         try:
             found = solve(graph, budget_bytes - room_bytes, solver, **options)
-        except InfeasibleBudgetError:
-            if not room_bytes:
-                raise
-            if number:
+        except InfeasibleBudgetError as error:
+            if number or not room_bytes:
+                refused = "" if room_bytes else str(error)
                 break
             room_bytes = 0
             continue
@@ -56,11 +56,17 @@ def solve_in_blocks(
     taken = occupancy(found.timeline)
     if taken.allocated_bytes <= budget_bytes:
         return found, taken
-    floor_bytes = taken.allocated_bytes
-    message = (
-        f"the smallest peak that solver {found.solver} reaches is {format_bytes(found.timeline.peak_bytes)}, but in blocks "
-        f"of the CUDA caching allocator that is {format_bytes(floor_bytes)} ({floor_bytes} bytes), over the budget of "
+    raise InfeasibleBudgetError(
+        refused or _over(found, taken, budget_bytes), budget_bytes=budget_bytes, floor_bytes=taken.allocated_bytes
+    )
+
+
+def _over(lowest_found: Solution, taken: Occupancy, budget_bytes: int) -> str:
+    """That the least peak fits by sizes, but not in blocks."""
+    peak, floor_bytes = format_bytes(lowest_found.timeline.peak_bytes), taken.allocated_bytes
+    return (
+        f"the smallest peak that solver {lowest_found.solver} reaches is {peak}, but in blocks of the CUDA caching "
+        f"allocator that is {format_bytes(floor_bytes)} ({floor_bytes} bytes), over the budget of "
         f"{format_bytes(budget_bytes)} ({budget_bytes} bytes). With PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True "
         f"blocks are as large as what is in them; or raise the budget to {floor_bytes} bytes, or use a smaller batch."
     )
-    raise InfeasibleBudgetError(message, budget_bytes=budget_bytes, floor_bytes=floor_bytes)

@@ -38,7 +38,7 @@ def library_bytes(nodes: Iterable[fx.Node], device: torch.device, wanted: str | 
 
     Arguments are those of `block_bytes`.
     """
-    ops = {str(node.target) for node in nodes if device_of_node(node).type in ("cuda", device.type)}
+    ops = {str(node.target) for node in nodes if device.type == "meta" or device_of_node(node).type == "cuda"}
     if device.type == "cuda":
         with torch.cuda.device(device):
             return blas_workspace_bytes(ops, threads=_THREADS)
