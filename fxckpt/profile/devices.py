@@ -1,6 +1,6 @@
 """What devices can do, as their vendors' data sheets say, and by which names they are asked for.
 
-Rates are peaks, dense (without sparsity), so times that are estimated with them are lower bounds; what counts for a plan
+Rates are peaks, dense (without sparsity), so estimated times are lower bounds; what counts for a plan
 is their proportion. Matrix products of float32 have the rate "tf32" only where the user has torch compute them so.
 Links are counted in one direction, as data sheets don't always do. What takes a launch is in no data sheet: it is what
 such devices are commonly seen to take.

@@ -126,9 +126,13 @@ def _optimized_forward(
 
 
 def _step(model: nn.Module, tensors: Sequence[torch.Tensor], forward: Forward, ends: Ends) -> Left:
-    """What a step of a copy of the model leaves, from the present random-number state, which is put back."""
+    """What a step of a copy of the model leaves, from the present random-number state, which is put back.
+
+    Backward runs in this thread, which holds locks that what it calls may need.
+    """
+    here = torch.autograd.set_multithreading_enabled(False)
     devices = {x.device for x in (*model.parameters(), *model.buffers(), *tensors)}
-    with draws_undone(devices), _random_forked(), torch.enable_grad():
+    with draws_undone(devices), _random_forked(), torch.enable_grad(), here:
         twin, given = _copy(model), copies(tensors)
         try:
             outputs = forward(twin, given)

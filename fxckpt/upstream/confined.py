@@ -17,7 +17,7 @@ from torch.fx import _symbolic_trace, traceback
 
 from fxckpt.upstream.generators import never_put_back
 from fxckpt.upstream.patching import attribute_replaced, function_replaced, state_apart
-from fxckpt.upstream.versions import fx_tracing_apart
+from fxckpt.upstream.versions import fx_tracing_apart, old_stacks_forgotten
 from fxckpt.upstream.warned import warnings_ignored
 
 
@@ -28,6 +28,7 @@ def tracing_confined() -> Iterator[None]:
         warnings_ignored(),
         never_put_back(),
         state_apart(traceback, "current_meta", "should_preserve_node_meta"),
+        old_stacks_forgotten(),
         fx_tracing_apart(),
         function_replaced(_symbolic_trace._new_patcher, _patching_nothing),
         function_replaced(mock.patch, _patching_here),

@@ -187,7 +187,8 @@ def test_an_op_that_does_not_say_that_it_draws_is_undone_too() -> None:
     def noise(x: Tensor) -> Tensor:
         return x + torch.rand(())
 
-    library.impl("noise", noise, "CPU")
+    register: Any = library.impl
+    register("noise", noise, "CPU")
     nodes = graph_of((None, (), torch.empty(3)), (torch.ops.draws_in_secret.noise.default, (At(0),), torch.empty(3)))
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -323,7 +324,8 @@ def test_an_error_of_the_device_ends_planning() -> None:
     def op(_: Tensor) -> Tensor:
         raise torch.AcceleratorError("CUDA error: device-side assert triggered")
 
-    library.impl("op", op, "CPU")
+    register: Any = library.impl
+    register("op", op, "CPU")
     nodes = graph_of((None, (), torch.empty(3)), (torch.ops.breaks_the_device.op.default, (At(0),), torch.empty(3)))
     with pytest.raises(torch.AcceleratorError):
         measured(nodes[1:], lambda _: OpCost(1.0), times=False)
