@@ -102,8 +102,9 @@ def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
         is_backward = node.meta.get("partitioner_tag") == "is_backward"
         if place != ("", "") and not is_backward:
             by_sequence[sequence] = place
-        if "Gradient addition" in node.meta.get("stack_trace", ""):  # it carries no sequence number of its own
-            place = places.get(node.all_input_nodes[-1], place)
+        added = node.all_input_nodes[-1:] if "Gradient addition" in node.meta.get("stack_trace", "") else []
+        if added:  # it carries no sequence number of its own
+            place = places.get(added[0], place)
         elif is_backward:
             place = by_sequence.get(sequence, place)
         places[node] = place
