@@ -9,7 +9,6 @@ from typing import Any
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -20,7 +19,6 @@ from fxckpt.upstream.patching import attribute_replaced
 __all__ = [
     "DataDependentOutputException",
     "DynamicOutputShapeException",
-    "FakeTensor",
     "FakeTensorMode",
     "UnsupportedOperatorException",
     "descriptions_apart",

@@ -30,13 +30,12 @@ _CAPABILITIES = {
     "A6000": (8, 6), "3090": (8, 6), "4090": (8, 9), "L4": (8, 9), "L40": (8, 9), "6000 Ada": (8, 9), "H100": (9, 0),
     "H200": (9, 0), "H800": (9, 0), "GH200": (9, 0), "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "5090": (12, 0),
 }  # fmt: skip
-_OTHERS = (9, 0)
 
 
-def capability_of(name: str) -> tuple[int, int]:
-    """The compute capability of a GPU by its name; that of a Hopper where the name says nothing."""
+def capability_of(name: str) -> tuple[int, int] | None:
+    """The compute capability of a GPU whose name contains one of those known here, else None."""
     known = [part for part in _CAPABILITIES if part in name]
-    return _CAPABILITIES[max(known, key=len)] if known else _OTHERS
+    return _CAPABILITIES[max(known, key=len)] if known else None
 
 
 @dataclass(frozen=True)

@@ -14,25 +14,25 @@ from torch import nn
 from torch.nn.utils import stateless
 
 from fxckpt.upstream.absent_gpu import traced_for
-from fxckpt.upstream.fakes import FakeTensor, FakeTensorMode
-from fxckpt.upstream.gpu_choices import capability_of
+from fxckpt.upstream.fakes import FakeTensorMode
 
 
 @contextlib.contextmanager
 def made_present(
-    module: nn.Module, tensors: Sequence[torch.Tensor], gpu: str | None = None
+    module: nn.Module, tensors: Sequence[torch.Tensor], capability: tuple[int, int] | None = None
 ) -> Iterator[list[torch.Tensor]]:
     """Give a module on the meta device fake parameters and buffers elsewhere; yields fake inputs to go with them.
 
-    They are on the CPU, or on the GPU of the name `gpu`; if one is named, then what is on the CPU is said to be on it,
-    too. Other modules and inputs on real devices are left alone.
+    They are on the CPU, or on a GPU of this compute capability; if one is named, then those of a module on the CPU are
+    on it, too. Other modules and inputs on real devices are left alone.
     """
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     given = (*tensors, *(t for _, t in named))
-    if not any(t.device.type in ("meta", "cpu" if gpu else "meta") for t in given) or _is_traced(given):
+    kinds = {t.device.type for t in given}
+    if "meta" not in kinds and (capability is None or "cpu" not in kinds or "cuda" in kinds):
         yield list(tensors)
         return
-    device = torch.device("cuda:0" if gpu else "cpu")
+    device = torch.device("cuda:0" if capability else "cpu")
     mode = FakeTensorMode()
     made: dict[int, torch.Tensor] = {}
 
@@ -44,11 +44,7 @@ def made_present(
         return made[id(tensor)]
 
     with (
-        traced_for(device, capability_of(gpu)) if gpu else contextlib.nullcontext(),
+        traced_for(device, capability) if capability else contextlib.nullcontext(),
         stateless._reparametrize_module(module, {name: fake(tensor) for name, tensor in named}),
     ):
         yield [fake(tensor) for tensor in tensors]
-
-
-def _is_traced(given: Sequence[torch.Tensor]) -> bool:
-    return any(isinstance(tensor, FakeTensor) for tensor in given)
