@@ -40,7 +40,7 @@ from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
 from fxckpt.upstream.patching import seen_here
 from fxckpt.upstream.strides import right_views
-from fxckpt.upstream.versions import truth_replaced
+from fxckpt.upstream.versions import floats_as_before, truth_replaced
 
 _TRANSLATORS = (
     convert.InstructionTranslator,
@@ -107,6 +107,7 @@ def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]
         enter(_calls(seen, compiled))
         enter(mock.patch.object(builder, "build_checkpoint_variable", functools.partial(_checkpoint, seen)))
         enter(mock.patch.object(misc.LoggingLoggerVariable, "call_method", _log))
+        enter(mock.patch.object(misc.RandomVariable, "call_method", _random(misc.RandomVariable.call_method)))
         enter(mock.patch.object(torch.fx.node, "_side_effectful_functions", _effects()))
         yield seen
 
@@ -147,6 +148,19 @@ def _refuse_draw(top: Any) -> None:
     drawn = [n for n in (node, *node.all_input_nodes) if isinstance(_source(n), RandomValueSource)]
     if drawn:
         raise Draws("forward decides by a random number of Python's `random` what to compute")
+
+
+_DECIDING = frozenset({"getstate", "sample", "shuffle"})
+"""Methods of a generator of `random` whose results Dynamo would keep, in versions that trace them."""
+
+
+def _random(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_method(self: Any, tx: Any, name: str, *args: Any) -> Any:
+        if name in _DECIDING and self.source is not None:
+            raise Draws(f"forward calls `{name}` of a generator of Python's `random`")
+        return original(self, tx, name, *args)
+
+    return call_method
 
 
 def _source(node: Any) -> Any:
@@ -329,7 +343,8 @@ def _float(floats: Floats) -> Callable[..., Any]:
 
     def wrap(self: Any, value: float) -> Any:
         if floats.is_input(self.name, value):
-            return self.wrap_unspecialized_primitive(value)
+            with floats_as_before():
+                return self.wrap_unspecialized_primitive(value)
         return original(self, value)
 
     return wrap
