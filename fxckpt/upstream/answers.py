@@ -33,7 +33,7 @@ from torch._dynamo.variables import torch as torch_variables
 from torch._dynamo.variables.tensor import UnspecializedPythonVariable
 from torch.distributions import constraints
 
-from fxckpt.upstream.bytecode import PASSED, Code, branches
+from fxckpt.upstream.bytecode import PASSED, UNCHANGING, Code, branches
 from fxckpt.upstream.floats import Floats
 from fxckpt.upstream.kernels import refuse_nested
 from fxckpt.upstream.known_values import answer
@@ -173,7 +173,7 @@ def _way_without_error(tx: Any, instruction: Any) -> bool | None:
     if tx.f_code in _OF_SEVERAL and tx.parent is not None:  # `any` and `all` answer for the branch of their caller
         shortcut = _OF_SEVERAL[tx.f_code]
         following = (each for each in tx.parent.instructions[tx.parent.instruction_pointer :])
-        branch = next((each for each in following if each.opname != "EXTENDED_ARG"), None)
+        branch = next((each for each in following if each.opname not in UNCHANGING), None)
         if branch is None or not branches(branch.opname) or _way_without_error(tx.parent, branch) is not (not shortcut):
             return None
         return not shortcut
@@ -187,9 +187,10 @@ def _way_without_error(tx: Any, instruction: Any) -> bool | None:
 
 
 def _decides_branch(tx: Any) -> bool:
-    """Whether what the present instruction leaves only decides a branch."""
+    """Whether what the present instruction leaves only decides a branch, here or where it is returned to."""
     following = tx.instructions[tx.instruction_pointer :]
-    return branches(next((each.opname for each in following if each.opname not in PASSED), ""))
+    name = next((each.opname for each in following if each.opname not in PASSED), "")
+    return _decides_branch(tx.parent) if name == "RETURN_VALUE" and tx.parent is not None else branches(name)
 
 
 def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
