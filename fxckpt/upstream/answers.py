@@ -33,14 +33,14 @@ from torch._dynamo.variables import torch as torch_variables
 from torch._dynamo.variables.tensor import UnspecializedPythonVariable
 from torch.distributions import constraints
 
-from fxckpt.upstream.bytecode import PASSED, Code, branches
+from fxckpt.upstream.bytecode import PASSED, UNCHANGING, Code, branches
 from fxckpt.upstream.floats import Floats
 from fxckpt.upstream.kernels import refuse_nested
 from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
 from fxckpt.upstream.patching import seen_here
 from fxckpt.upstream.strides import right_views
-from fxckpt.upstream.versions import truth_replaced
+from fxckpt.upstream.versions import floats_as_before, truth_replaced
 
 _TRANSLATORS = (
     convert.InstructionTranslator,
@@ -107,6 +107,7 @@ def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]
         enter(_calls(seen, compiled))
         enter(mock.patch.object(builder, "build_checkpoint_variable", functools.partial(_checkpoint, seen)))
         enter(mock.patch.object(misc.LoggingLoggerVariable, "call_method", _log))
+        enter(mock.patch.object(misc.RandomVariable, "call_method", _random(misc.RandomVariable.call_method)))
         enter(mock.patch.object(torch.fx.node, "_side_effectful_functions", _effects()))
         yield seen
 
@@ -149,6 +150,19 @@ def _refuse_draw(top: Any) -> None:
         raise Draws("forward decides by a random number of Python's `random` what to compute")
 
 
+_DECIDING = frozenset({"getstate", "sample", "shuffle"})
+"""Methods of a generator of `random` whose results Dynamo would keep, in versions that trace them."""
+
+
+def _random(original: Callable[..., Any]) -> Callable[..., Any]:
+    def call_method(self: Any, tx: Any, name: str, *args: Any) -> Any:
+        if name in _DECIDING and self.source is not None:
+            raise Draws(f"forward calls `{name}` of a generator of Python's `random`")
+        return original(self, tx, name, *args)
+
+    return call_method
+
+
 def _source(node: Any) -> Any:
     given = node.meta.get("grapharg")
     return None if given is None else given.source
@@ -159,7 +173,7 @@ def _way_without_error(tx: Any, instruction: Any) -> bool | None:
     if tx.f_code in _OF_SEVERAL and tx.parent is not None:  # `any` and `all` answer for the branch of their caller
         shortcut = _OF_SEVERAL[tx.f_code]
         following = (each for each in tx.parent.instructions[tx.parent.instruction_pointer :])
-        branch = next((each for each in following if each.opname != "EXTENDED_ARG"), None)
+        branch = next((each for each in following if each.opname not in UNCHANGING), None)
         if branch is None or not branches(branch.opname) or _way_without_error(tx.parent, branch) is not (not shortcut):
             return None
         return not shortcut
@@ -173,9 +187,10 @@ def _way_without_error(tx: Any, instruction: Any) -> bool | None:
 
 
 def _decides_branch(tx: Any) -> bool:
-    """Whether what the present instruction leaves only decides a branch."""
+    """Whether what the present instruction leaves only decides a branch, here or where it is returned to."""
     following = tx.instructions[tx.instruction_pointer :]
-    return branches(next((each.opname for each in following if each.opname not in PASSED), ""))
+    name = next((each.opname for each in following if each.opname not in PASSED), "")
+    return _decides_branch(tx.parent) if name == "RETURN_VALUE" and tx.parent is not None else branches(name)
 
 
 def _truth(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -329,7 +344,8 @@ def _float(floats: Floats) -> Callable[..., Any]:
 
     def wrap(self: Any, value: float) -> Any:
         if floats.is_input(self.name, value):
-            return self.wrap_unspecialized_primitive(value)
+            with floats_as_before():
+                return self.wrap_unspecialized_primitive(value)
         return original(self, value)
 
     return wrap
