@@ -12,7 +12,7 @@ from torch import nn
 
 import fxckpt
 from fxckpt.errors import BudgetError
-from fxckpt.profile import calibrate, settings
+from fxckpt.profile import calibrate, known, settings
 from fxckpt.profile.calibrate import Sizes, profile_from, timed, work
 from fxckpt.profile.costs import device_profile
 from fxckpt.profile.devices import DEVICES, DeviceProfile, named, of_driver
@@ -197,6 +197,6 @@ def test_a_device_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(calibrate, "clock_of", clock_of)
     for _ in range(3):
         assert calibrate.times_us(torch.device("cpu"), file) == TIMES_US
-        calibrate.KNOWN.forget()
+        known.KNOWN.forget()
     assert len(clocks) == 1
     assert [name for name, _ in work(torch.device("cpu"), SIZES)] == list(TIMES_US)
