@@ -66,13 +66,14 @@ def profile_step(
     forward: Callable[..., Any],
     gradients_allocated: bool,
     tangents: Mapping[int, tuple[int, ...]] | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Profile:
-    """Capture a step and attach bytes and times to it.
+    """Capture a step and attach bytes and times to it; `capability` as for `capture`.
 
     Raises:
         CaptureError: the model can't be captured as one graph.
     """
-    joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
+    joint = capture(model, args, kwargs, forward=forward, tangents=tangents, capability=capability)
     arguments, _ = take_apart((tuple(args), kwargs))
     given = {i.node: arguments[i.index] for i in joint.roles.inputs if i.kind is InputKind.ARGUMENT}
     return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated, given=given)
