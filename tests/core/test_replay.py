@@ -125,9 +125,7 @@ def test_a_first_guess_that_leaves_too_much_room_is_dropped() -> None:
 def test_where_only_sizes_fit_it_says_so() -> None:
     graph = chain(6, 11 * MIB)
     floor_bytes = lowest(graph, "auto", effort="fast").timeline.peak_bytes
-    with pytest.raises(
-        InfeasibleBudgetError, match="in blocks of the CUDA caching allocator"
-    ) as e:
+    with pytest.raises(InfeasibleBudgetError, match="in blocks of the CUDA caching allocator") as e:
         solve_in_blocks(graph, floor_bytes, "auto", _in_blocks, effort="fast")
     assert e.value.floor_bytes == _in_blocks(lowest(graph, "auto", effort="fast").timeline).allocated_bytes
 
