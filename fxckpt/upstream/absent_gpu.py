@@ -2,8 +2,8 @@
 
 Fake tensors can be on any device. But autograd asks the devices of what it differentiates for streams, and torch's
 composite functions ask the GPU's libraries which kernel to call. So the C++ side is told that such tensors are on the
-meta device, which has neither, and Python, that is fake tensors, models, and `gpu_choices` in the place of the composite
-functions, that they are on the GPU.
+meta device, which has neither; and Python is told that they are on the GPU: fake tensors, models, and `gpu_choices`,
+which stands in the place of the composite functions.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from tests.support.dispatched import Called
 
 _NO_VALUES = {
     "ones_like", "detach", "empty", "empty_like", "new_empty", "new_empty_strided", "empty_strided", "copy", "clone",
-    "slice_scatter", "select_scatter", "as_strided_scatter", "lift_fresh", "contiguous", "resize", "set",
+    "slice_scatter", "select_scatter", "as_strided_scatter", "lift_fresh", "contiguous", "resize", "set", "as_strided",
 }  # fmt: skip
 """Copies and memory without values; and ones, which backward starts from in eager and is given otherwise."""
 
