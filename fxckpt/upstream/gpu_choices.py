@@ -107,8 +107,17 @@ def _fits_cudnn(call: Attention, capability: tuple[int, int]) -> bool:
         and of_queries % 8 == of_values % 8 == 0
         and keys > 1
         and not (call.dropout and queries == 1)
+        and _is_cudnn_mask(call)
         and _last_dims_in_a_row(call, of_one_too=False)
     )
+
+
+def _is_cudnn_mask(call: Attention) -> bool:
+    if call.mask is None:
+        return True
+    wanted = (*call.query.shape[:3], call.key.shape[2])
+    fits = all(own in (1, size) for own, size in zip(call.mask.shape[::-1], wanted[::-1], strict=False))
+    return not call.mask.requires_grad and call.mask.dim() in (2, 4) and fits
 
 
 def _fits_flash(call: Attention, capability: tuple[int, int]) -> bool:
