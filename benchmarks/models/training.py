@@ -40,8 +40,14 @@ def run_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lo
         gradients={name: _copy(p.grad) for name, p in model.named_parameters()},
         input_gradients=tuple(_copy(x.grad) for x in inputs),
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        random_state=torch.get_rng_state(),
+        random_state=_random_state(),
     )
+
+
+def _random_state() -> Tensor:
+    """The states of all generators in use, one after another."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    return torch.cat([torch.get_rng_state(), *on_gpus])
 
 
 def _copy(x: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ a generator and a discriminator do, are told apart by what followed what.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 import warnings
 import weakref
@@ -19,6 +20,7 @@ from fxckpt.core.simulate import Timeline
 from fxckpt.errors import OverBudgetWarning
 from fxckpt.pipeline import Compiled
 from fxckpt.units import format_bytes
+from fxckpt.upstream.dispatch import backwards_context
 
 
 class Kin:
@@ -223,11 +225,18 @@ def _warn(reached_bytes: int, budget_bytes: int, more: str = "") -> None:
 
 
 _ledgers = threading.local()
+_of_caller: contextvars.ContextVar[Ledger] = contextvars.ContextVar("_of_caller")
+"""The same by thread; which context it is in others' threads can tell."""
 
 
 def ledger() -> Ledger:
-    """The present thread's ledger."""
+    """The present thread's ledger; within backward, which may run in a thread of a device, that of who called it."""
+    context = backwards_context()
+    found = None if context is None else context.get(_of_caller)
+    if found is not None:
+        return found
     if not hasattr(_ledgers, "one"):
         _ledgers.one = Ledger()
-    found: Ledger = _ledgers.one
-    return found
+    own: Ledger = _ledgers.one
+    _of_caller.set(own)
+    return own

@@ -7,62 +7,16 @@ Waterman and Patterson, 2009).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from fxckpt.capture.nodes import tensors, value
+from fxckpt.capture.nodes import is_collective, tensors, value
+from fxckpt.profile.devices import REFERENCE, DeviceProfile
+from fxckpt.profile.settings import tf32_in_convolutions, tf32_in_products
 from fxckpt.upstream.operators import ATTENTION, ATTENTION_BACKWARD
 from fxckpt.upstream.pytree import tree_map_only
-
-
-@dataclass(frozen=True)
-class DeviceProfile:
-    """What a device can do.
-
-    Attributes:
-        name: how it is called.
-        flops_per_s: arithmetic by type of number; "float32" is the fall-back [1/s].
-        bytes_per_s: memory traffic [B/s].
-        launch_us: time that any op takes at least [µs].
-        allocation_bytes: the allocator rounds sizes up to multiples of this [B].
-    """
-
-    name: str
-    flops_per_s: dict[str, float]
-    bytes_per_s: float
-    launch_us: float
-    allocation_bytes: int = 1
-
-
-_REFERENCE = DeviceProfile("reference", {"float32": 60e9}, 20e9, 2.0)
-
-DEVICES: dict[str, DeviceProfile] = {
-    profile.name: profile
-    for profile in (
-        _REFERENCE,
-        # A generic server core pair; `measure` knows the real machine.
-        DeviceProfile("cpu", {"float32": 60e9, "bfloat16": 30e9, "float16": 20e9, "float64": 30e9}, 20e9, 2.0),
-        # Vendors' data sheets, dense, without sparsity; float32 on tensor cores is TF32 only where the user allows it.
-        DeviceProfile(
-            "A100", {"float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12, "float64": 19.5e12}, 2.04e12, 4.0, 512
-        ),
-        DeviceProfile(
-            "H100", {"float32": 67e12, "bfloat16": 989e12, "float16": 989e12, "float64": 67e12}, 3.35e12, 4.0, 512
-        ),
-        DeviceProfile(
-            "RTX 4090",
-            {"float32": 82.6e12, "bfloat16": 165e12, "float16": 165e12, "float64": 1.3e12},
-            1.01e12,
-            4.0,
-            512,
-        ),
-    )
-}
-
 
 _Shape = Sequence[int]
 
@@ -104,9 +58,9 @@ def traffic_bytes(node: fx.Node) -> int:
     return sum(t.numel() * t.element_size() for n in (*node.all_input_nodes, node) for t in tensors(n))
 
 
-def roofline_us(profile: DeviceProfile, flops: int, bytes_moved: int, dtype: torch.dtype) -> float:
-    """Time of an op on a device [µs]."""
-    rate = profile.flops_per_s.get(str(dtype).removeprefix("torch."), profile.flops_per_s["float32"])
+def roofline_us(profile: DeviceProfile, flops: int, bytes_moved: int, numbers: str) -> float:
+    """Time of an op on a device that computes with `numbers` of this type [µs]."""
+    rate = profile.flops_per_s.get(numbers, profile.flops_per_s["float32"])
     return max(flops / rate, bytes_moved / profile.bytes_per_s) * 1e6 + profile.launch_us
 
 
@@ -116,10 +70,16 @@ def estimate_us(node: fx.Node, profile: DeviceProfile) -> float:
     With the profile "reference" the FLOPs are those of torch's own registry, which does not know attention on CPU.
     """
     flops = count_flops(node)
-    if profile is _REFERENCE and getattr(node.target, "overloadpacket", None) not in flop_registry:
+    if profile is REFERENCE and getattr(node.target, "overloadpacket", None) not in flop_registry:
         flops = 0
-    return roofline_us(profile, flops, traffic_bytes(node), _dtype(node))
+    if is_collective(node) and profile.link_bytes_per_s:
+        return traffic_bytes(node) / profile.link_bytes_per_s * 1e6 + profile.launch_us
+    return roofline_us(profile, flops, traffic_bytes(node), _numbers(node) if flops else "float32")
 
 
-def _dtype(node: fx.Node) -> torch.dtype:
-    return next((t.dtype for t in tensors(node)), torch.float32)
+def _numbers(node: fx.Node) -> str:
+    """The type of number that an op computes with: "tf32" where that is allowed for float32."""
+    numbers = next((str(t.dtype).removeprefix("torch.") for t in tensors(node)), "float32")
+    if numbers != "float32":
+        return numbers
+    return "tf32" if (tf32_in_convolutions() if "conv" in str(node.target) else tf32_in_products()) else numbers

@@ -1,9 +1,9 @@
 """Run emitted graphs under autograd.
 
 Forward is one `autograd.Function` without gradients of its own. Backward is a chain of small ones, a stage each, linked
-by an empty token tensor: the engine runs the first, which takes the tangents, then stage after stage. A stage returns
-the gradients that it finished, and the engine accumulates them, runs their hooks and frees them before the next stage
-starts.
+by an empty token tensor on the model's device (see `place`): the engine runs the first, which takes the tangents, then
+stage after stage. A stage returns the gradients that it finished, and the engine accumulates them, runs their hooks and
+frees them before the next stage starts.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from fxckpt.errors import RuntimeContractError
 from fxckpt.rewrite.backends import Executable
 from fxckpt.rewrite.emitted import Emitted
 from fxckpt.runtime.leading import check_no_hooks, refuse_ways_between
+from fxckpt.runtime.place import Place
 from fxckpt.upstream.aot import replayed_view
 from fxckpt.upstream.dispatch import backward_keeps_graph, plain_execution, when_backward_ends
 from fxckpt.upstream.hooks import gradient_hooks_of
@@ -82,7 +83,7 @@ def run_forward(
         UnexpectedValue: a check of values found something wrong. All is as before the call.
     """
     step = _Step(program, given, backward_for, released)
-    token = torch.empty(0, requires_grad=True)
+    token = step.place.link().requires_grad_()
     for index in reversed(range(len(program.emitted.stages))):
         leaves = [given[i] for i in program.emitted.stages[index].inputs]
         token = _apply(_Stage, step, index, token, *leaves)
@@ -128,6 +129,7 @@ class _Step:
         released: Callable[[], object] | None,
     ) -> None:
         self._program, self._given, self._backward_for = program, list(given), backward_for
+        self.place = Place.of(x.device for x in given)
         self._release = weakref.finalize(self, released or _nothing)
         self._release.atexit = False
         self._saved: list[torch.Tensor] | None = None
@@ -212,7 +214,7 @@ class _Step:
         if self._running is None:
             raise RuntimeContractError("backward was entered in the middle; differentiate the outputs of the model")
         try:
-            with plain_execution():
+            with plain_execution(), self.place.entered() if self.place.streams else contextlib.nullcontext():
                 finished = next(self._running)
         except BaseException:
             self._running = None
@@ -291,7 +293,7 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[None, torch.Tensor]:
         ctx.step.start_backward(list(tangents))
-        return None, torch.empty(0)
+        return None, ctx.step.place.link()
 
 
 class _Stage(torch.autograd.Function):
@@ -300,10 +302,10 @@ class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: _Step, index: int, *_: torch.Tensor) -> torch.Tensor:
         ctx.step, ctx.index = step, index
-        return torch.empty(0)
+        return step.place.link()
 
     @staticmethod
     def backward(ctx: FunctionCtx, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         step: _Step = ctx.step  # type: ignore[attr-defined]
         gradients = step.finish_stage(ctx.index, step.stage_count())  # type: ignore[attr-defined]
-        return None, None, torch.empty(0), *gradients
+        return None, None, step.place.link(), *gradients

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -76,6 +75,8 @@ class Comparison:
         return json.dumps({"fxckpt_comparison": 1, **figures}, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that measuring does without it
+
         plain, ours = self.plain, self.optimized
         rows = [
             ["peak memory", format_bytes(plain.peak_bytes), format_bytes(ours.peak_bytes), f"{self.peak_ratio:.3f}"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -17,6 +18,7 @@ __all__ = [
     "TorchDispatchMode",
     "asked_gradients_of",
     "backward_keeps_graph",
+    "backwards_context",
     "describes_op",
     "is_traced",
     "plain_execution",
@@ -89,6 +91,14 @@ def asked_gradients_of() -> tuple[Any, ...]:
         frame = frame.f_back
     given = () if frame is None else frame.f_locals["args"]
     return tuple(given[_INPUTS]) if len(given) > _INPUTS else ()
+
+
+def backwards_context() -> contextvars.Context | None:
+    """Within a backward, in whatever thread: the context variables of the thread that called it, as they were then."""
+    if not torch._C._is_key_in_tls("context"):
+        return None
+    found: contextvars.Context = torch._C._get_obj_in_tls("context")
+    return found
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:

@@ -14,9 +14,12 @@ from unittest import mock
 
 import torch
 from torch._dynamo.variables import BuiltinVariable, TensorVariable
+from torch.fx import _symbolic_trace, traceback
 from torch.utils import checkpoint
 
-__all__ = ["APART", "checkpoint_generator", "truth_replaced"]
+from fxckpt.upstream.patching import function_replaced, state_apart
+
+__all__ = ["APART", "checkpoint_generator", "fx_tracing_apart", "old_stacks_forgotten", "truth_replaced"]
 
 _KNOWS_REGIONS = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
@@ -30,6 +33,25 @@ def checkpoint_generator() -> Callable[..., Any]:
     names = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
     found: Callable[..., Any] = next(getattr(checkpoint, name) for name in names if hasattr(checkpoint, name))
     return found
+
+
+def fx_tracing_apart() -> contextlib.AbstractContextManager[None]:
+    """Whether torch.fx traces is known in this thread alone, as it is without us from torch 2.15 on."""
+    if not hasattr(_symbolic_trace, "_is_fx_tracing_flag"):
+        return contextlib.nullcontext()
+    tells = (_symbolic_trace.Tracer.trace, _symbolic_trace.is_fx_tracing, _symbolic_trace.is_fx_symbolic_tracing)
+    return state_apart(_symbolic_trace, "_is_fx_tracing_flag", functions=tells)
+
+
+def old_stacks_forgotten() -> contextlib.AbstractContextManager[None]:
+    """Nodes of backward that have no stack trace get none: torch 2.11 gives them that of the one before."""
+    return function_replaced(traceback.set_stack_trace, _set_stack_trace)
+
+
+def _set_stack_trace(original: Callable[[list[str]], None], stack: list[str]) -> None:
+    original(stack)
+    if not stack and traceback.has_preserved_node_meta():
+        traceback.get_current_meta().pop("stack_trace", None)
 
 
 Truth = Callable[[Any, Any], Any]
