@@ -2,8 +2,8 @@
 
 Fake tensors can be on any device. But autograd asks the devices of what it differentiates for streams, and torch's
 composite functions ask the GPU's libraries which kernel to call. So the C++ side is told that such tensors are on the
-meta device, which has neither, and Python, that is fake tensors, models, and `gpu_choices` in the place of the composite
-functions, that they are on the GPU.
+meta device, which has neither; and Python is told that they are on the GPU: fake tensors, models, and `gpu_choices`,
+which stands in the place of the composite functions.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import DispatchKey
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from fxckpt.errors import CaptureError
 from fxckpt.upstream.gpu_choices import chosen_for
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
@@ -39,8 +39,16 @@ _ASSUMED = _Assumed()
 def traced_for(device: torch.device, capability: tuple[int, int]) -> Iterator[None]:
     """Fake tensors on this CUDA device, of this compute capability, are traced as tensors on it are, if it is there or
     not.
+
+    Raises:
+        CaptureError: under autocast, where it is not there: torch casts what is on a device that is.
     """
     present = torch.cuda.is_available()
+    if not present and any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
+        raise CaptureError(
+            "what autocast does on a GPU can't be found out where there is none. Plan on a machine with a GPU, or "
+            "for a model of the lower precision (model.to(torch.bfloat16)) outside of autocast"
+        )
     with contextlib.ExitStack() as stack:
         if not present:
             stack.enter_context(_absent(device))
@@ -59,9 +67,7 @@ def computed_on(device: str | torch.device) -> str | torch.device:
 
 @contextlib.contextmanager
 def _absent(device: torch.device) -> Iterator[None]:
-    casts = torch._C.DispatchKeySet(DispatchKey.AutocastCUDA)
     with (
-        attribute_replaced(FunctionalTensor, "_extra_dispatch_keys", FunctionalTensor._extra_dispatch_keys | casts),
         attribute_replaced(FunctionalTensor, "device", property(placed_on)),
         attribute_replaced(FunctionalTensor, "is_cuda", property(lambda x: placed_on(x).type == "cuda")),
         function_replaced(FakeTensorMode._dispatch_impl, _on(device)),

@@ -28,7 +28,8 @@ _HALF = (torch.float16, torch.bfloat16)
 _CAPABILITIES = {
     "V100": (7, 0), "T4": (7, 5), "A100": (8, 0), "A800": (8, 0), "A30": (8, 0), "A10": (8, 6), "A40": (8, 6),
     "A6000": (8, 6), "3090": (8, 6), "4090": (8, 9), "L4": (8, 9), "L40": (8, 9), "6000 Ada": (8, 9), "H100": (9, 0),
-    "H200": (9, 0), "H800": (9, 0), "GH200": (9, 0), "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3), "5090": (12, 0),
+    "H200": (9, 0), "H800": (9, 0), "GH200": (9, 0), "B200": (10, 0), "GB200": (10, 0), "B300": (10, 3),
+    "5090": (12, 0),
 }  # fmt: skip
 
 
@@ -106,8 +107,17 @@ def _fits_cudnn(call: Attention, capability: tuple[int, int]) -> bool:
         and of_queries % 8 == of_values % 8 == 0
         and keys > 1
         and not (call.dropout and queries == 1)
+        and _is_cudnn_mask(call)
         and _last_dims_in_a_row(call, of_one_too=False)
     )
+
+
+def _is_cudnn_mask(call: Attention) -> bool:
+    if call.mask is None:
+        return True
+    wanted = (*call.query.shape[:3], call.key.shape[2])
+    fits = all(own in (1, size) for own, size in zip(call.mask.shape[::-1], wanted[::-1], strict=False))
+    return not call.mask.requires_grad and call.mask.dim() in (2, 4) and fits
 
 
 def _fits_flash(call: Attention, capability: tuple[int, int]) -> bool:

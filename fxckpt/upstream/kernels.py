@@ -35,6 +35,8 @@ _REWRITTEN = (
     "rnn_relu",
     "multi_margin_loss",
     "multilabel_margin",
+    "hardshrink",
+    "softshrink",
 )
 _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 

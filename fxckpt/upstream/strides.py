@@ -52,6 +52,10 @@ def _as_second(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _as_second_in_order(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
+    return _contiguous(x)
+
+
 def _as_parts_joined(_: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
     """`roll` joins the two parts of each dim that it moves."""
     if not dims:
@@ -113,6 +117,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor | Results]] = {
     aten.smooth_l1_loss_backward.default: _contiguous,
     aten._log_softmax_backward_data.default: _contiguous,
     aten.native_layer_norm_backward.default: _each(_contiguous),
+    aten.glu_backward.default: _as_second_in_order,
     aten.channel_shuffle.default: _in_format,
     aten.roll.default: _as_parts_joined,
     aten.max_unpool2d.default: _in_format,

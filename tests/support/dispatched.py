@@ -1,8 +1,9 @@
-"""The kernels that a step calls, in order, and the form of their results: as eager torch dispatches them, and as they are captured."""
+"""The kernels that a step calls and the form of their results: as eager torch dispatches them, and as captured."""
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,7 @@ class Recorder(TorchDispatchMode):
     """Notes what is dispatched below autograd."""
 
     def __init__(self, kind: str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Called] = []
         self._kind = kind
 
@@ -66,8 +67,8 @@ def called(func: Any, args: Any, kwargs: Any, results: Any, kind: str) -> Called
     given = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     flat = list(results) if isinstance(results, (tuple, list)) else [results]
     tensors = [x for y in flat for x in (y if isinstance(y, (tuple, list)) else [y])]
-    forms = " ".join(form(x, kind) for x in tensors)
-    return Called(str(func), forms, _note(func, given, tensors, kind), _said((args, kwargs or {}), kind), _bytes(tensors))
+    forms, said = " ".join(form(x, kind) for x in tensors), _said((args, kwargs or {}), kind)
+    return Called(str(func), forms, _note(func, given, tensors, kind), said, _bytes(tensors))
 
 
 def _said(given: Any, kind: str) -> str:
@@ -125,6 +126,24 @@ def captured(case: LayerCase, device: torch.device) -> list[Called]:
     return list(_of_graph(joint.module.graph, device.type))
 
 
+def captured_for_gpu(case: LayerCase, capability: tuple[int, int]) -> list[Called]:
+    """The ops of the joint graph that fxckpt captures for a GPU, which need not be there."""
+    from fxckpt.capture.joint import capture
+
+    with torch.device("meta"):
+        model, inputs = case.made()
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", case.autocast is not None)  # torch.autocast does not where there is no GPU
+    torch.set_autocast_dtype("cuda", case.autocast or before[1])
+    try:
+        with case.around():
+            joint = capture(model, inputs, capability=capability)
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+    return list(_of_graph(joint.module.graph, "cuda"))
+
+
 def _of_graph(graph: torch.fx.Graph, kind: str) -> Iterator[Called]:
     for node in graph.nodes:
         if node.op == "call_function" and hasattr(node.target, "_schema"):
@@ -135,8 +154,6 @@ def _of_graph(graph: torch.fx.Graph, kind: str) -> Iterator[Called]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Without torch's warnings."""
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

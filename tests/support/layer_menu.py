@@ -7,6 +7,7 @@ fake tensors of either.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,6 +115,10 @@ class Packed(nn.Module):
         return self.layer(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[0].data
 
 
+def _packed(kind: Any) -> nn.Module:
+    return Packed(kind(16, 32, batch_first=True))
+
+
 def normal(*shape: int) -> Inputs:
     return lambda: (torch.randn(shape),)
 
@@ -134,8 +139,14 @@ def laid_out(layout: str, *shape: int) -> Inputs:
     return make
 
 
-def _typed(
-    name: str, build: Callable[[], nn.Module], inputs: Inputs, *, evaluated: bool = False, half: bool = False, **more: Any
+def typed(
+    name: str,
+    build: Callable[[], nn.Module],
+    inputs: Inputs,
+    *,
+    evaluated: bool = False,
+    half: bool = False,
+    **more: Any,
 ) -> Iterator[LayerCase]:
     """In float32, bfloat16 and under autocast; if asked for also in float16, and in eval mode."""
     yield LayerCase(f"{name}/fp32", build, inputs, **more)
@@ -154,55 +165,55 @@ def norms() -> Iterator[LayerCase]:
     for dims, shape in shapes.items():
         for layout in ("contiguous", "transposed" if dims == 1 else "channels last", "sliced"):
             kind: Any = getattr(nn, f"BatchNorm{dims}d")
-            yield from _typed(
-                f"BatchNorm{dims}d/{layout}", lambda k=kind: k(8), laid_out(layout, *shape), evaluated=True, half=dims == 2
-            )
+            given, half = laid_out(layout, *shape), dims == 2
+            yield from typed(f"BatchNorm{dims}d/{layout}", functools.partial(kind, 8), given, evaluated=True, half=half)
             kind = getattr(nn, f"InstanceNorm{dims}d")
-            yield from _typed(f"InstanceNorm{dims}d/{layout}", lambda k=kind: k(8, affine=True), laid_out(layout, *shape))
+            yield from typed(f"InstanceNorm{dims}d/{layout}", functools.partial(kind, 8, affine=True), given)
     image = normal(4, 8, 6, 6)
-    yield from _typed("BatchNorm1d/rows", lambda: nn.BatchNorm1d(8), normal(16, 8), evaluated=True)
-    yield from _typed("BatchNorm2d/plain", lambda: nn.BatchNorm2d(8, affine=False), image, evaluated=True)
-    yield from _typed("BatchNorm2d/untracked", lambda: nn.BatchNorm2d(8, track_running_stats=False), image, evaluated=True)
-    yield from _typed("BatchNorm2d/average", lambda: nn.BatchNorm2d(8, momentum=None), image)
-    yield from _typed("InstanceNorm2d/plain", lambda: nn.InstanceNorm2d(8), image)
+    yield from typed("BatchNorm1d/rows", lambda: nn.BatchNorm1d(8), normal(16, 8), evaluated=True)
+    yield from typed("BatchNorm2d/plain", lambda: nn.BatchNorm2d(8, affine=False), image, evaluated=True)
+    untracked = lambda: nn.BatchNorm2d(8, track_running_stats=False)  # noqa: E731
+    yield from typed("BatchNorm2d/untracked", untracked, image, evaluated=True)
+    yield from typed("BatchNorm2d/average", lambda: nn.BatchNorm2d(8, momentum=None), image)
+    yield from typed("InstanceNorm2d/plain", lambda: nn.InstanceNorm2d(8), image)
     tracked = lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)  # noqa: E731
-    yield from _typed("InstanceNorm2d/tracked", tracked, image, evaluated=True)
+    yield from typed("InstanceNorm2d/tracked", tracked, image, evaluated=True)
     frozen = lambda: nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(True))  # noqa: E731
     for layout in ("contiguous", "channels last"):
-        yield from _typed(f"conv-norm-relu/{layout}", frozen, laid_out(layout, 4, 8, 6, 6), evaluated=True)
-        yield from _typed(f"GroupNorm/{layout}", lambda: nn.GroupNorm(2, 8), laid_out(layout, 4, 8, 6, 6))
-    yield from _typed("LayerNorm", lambda: nn.LayerNorm(32), normal(4, 16, 32), half=True)
-    yield from _typed("LayerNorm/transposed", lambda: nn.LayerNorm(32), laid_out("transposed", 4, 16, 32))
-    yield from _typed("LayerNorm/plain", lambda: nn.LayerNorm(32, elementwise_affine=False), normal(4, 16, 32))
-    yield from _typed("RMSNorm", lambda: nn.RMSNorm(32), normal(4, 16, 32), half=True)
-    yield from _typed("RMSNorm/transposed", lambda: nn.RMSNorm(32), laid_out("transposed", 4, 16, 32))
-    yield from _typed("LocalResponseNorm", lambda: nn.LocalResponseNorm(2), image)
+        yield from typed(f"conv-norm-relu/{layout}", frozen, laid_out(layout, 4, 8, 6, 6), evaluated=True)
+        yield from typed(f"GroupNorm/{layout}", lambda: nn.GroupNorm(2, 8), laid_out(layout, 4, 8, 6, 6))
+    yield from typed("LayerNorm", lambda: nn.LayerNorm(32), normal(4, 16, 32), half=True)
+    yield from typed("LayerNorm/transposed", lambda: nn.LayerNorm(32), laid_out("transposed", 4, 16, 32))
+    yield from typed("LayerNorm/plain", lambda: nn.LayerNorm(32, elementwise_affine=False), normal(4, 16, 32))
+    yield from typed("RMSNorm", lambda: nn.RMSNorm(32), normal(4, 16, 32), half=True)
+    yield from typed("RMSNorm/transposed", lambda: nn.RMSNorm(32), laid_out("transposed", 4, 16, 32))
+    yield from typed("LocalResponseNorm", lambda: nn.LocalResponseNorm(2), image)
     weighted = lambda: nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))  # noqa: E731
-    yield from _typed("weight_norm", weighted, normal(4, 16))
+    yield from typed("weight_norm", weighted, normal(4, 16))
 
 
 def recurrent() -> Iterator[LayerCase]:
-    for kind, options in itertools.product(
-        (nn.LSTM, nn.GRU, nn.RNN),
-        ({}, {"num_layers": 2, "dropout": 0.3}, {"bidirectional": True}, {"bias": False}, {"batch_first": True}),
-    ):
+    menu: list[dict[str, Any]] = [{}, {"num_layers": 2, "dropout": 0.3}, {"bidirectional": True}, {"bias": False}]
+    menu.append({"batch_first": True})
+    for kind, options in itertools.product((nn.LSTM, nn.GRU, nn.RNN), menu):
         said = ",".join(f"{k}={v}" for k, v in options.items()) or "plain"
-        yield from _typed(
+        yield from typed(
             f"{kind.__name__}/{said}",
-            lambda k=kind, o=options: k(16, 32, **o),
+            functools.partial(kind, 16, 32, **options),
             normal(5, 3, 16),
             half=not options,
             evaluated="dropout" in options,
         )
-    yield from _typed("RNN/relu", lambda: nn.RNN(16, 32, nonlinearity="relu"), normal(5, 3, 16))
-    yield from _typed("LSTM/projected", lambda: nn.LSTM(16, 32, proj_size=8), normal(5, 3, 16))
-    yield from _typed("LSTM/unbatched", lambda: nn.LSTM(16, 32), normal(5, 16))
+    yield from typed("RNN/relu", lambda: nn.RNN(16, 32, nonlinearity="relu"), normal(5, 3, 16))
+    yield from typed("LSTM/projected", lambda: nn.LSTM(16, 32, proj_size=8), normal(5, 3, 16))
+    yield from typed("LSTM/unbatched", lambda: nn.LSTM(16, 32), normal(5, 16))
     state = lambda: (torch.randn(5, 3, 16), (torch.randn(1, 3, 32), torch.randn(1, 3, 32)))  # noqa: E731
-    yield from _typed("LSTM/state", lambda: nn.LSTM(16, 32), state)
+    yield from typed("LSTM/state", lambda: nn.LSTM(16, 32), state)
     for kind in (nn.LSTM, nn.GRU):
-        yield from _typed(f"{kind.__name__}/packed", lambda k=kind: Packed(k(16, 32, batch_first=True)), normal(2, 6, 16))
+        packed = functools.partial(_packed, kind)
+        yield from typed(f"{kind.__name__}/packed", packed, normal(2, 6, 16))
     for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
-        yield from _typed(kind.__name__, lambda k=kind: k(16, 32), normal(3, 16))
+        yield from typed(kind.__name__, functools.partial(kind, 16, 32), normal(3, 16))
 
 
 class Attend(nn.Module):
@@ -243,7 +254,7 @@ def _attend(
         return (q, k, v) if mask is None else (q, k, v, mask())
 
     build = lambda: Attend(dropout, causal, heads[0] != heads[1], scale)  # noqa: E731
-    yield from _typed(f"attention/{name}", build, make, half=True, **more)
+    yield from typed(f"attention/{name}", build, make, half=True, **more)
 
 
 def attention() -> Iterator[LayerCase]:
@@ -274,17 +285,17 @@ def attention() -> Iterator[LayerCase]:
         around = lambda b=backend: sdpa_kernel(b)  # noqa: E731
         yield from _attend(f"only {backend.name.lower()}", around=around, dropout=0.2)
     three = lambda: tuple(torch.randn(2, 16, 32) for _ in range(3))  # noqa: E731
-    yield from _typed("attention/three dims", lambda: Attend(0.0, False, False, None), three)
+    yield from typed("attention/three dims", lambda: Attend(0.0, False, False, None), three)
     for options in ({}, {"dropout": 0.2}, {"batch_first": True, "dropout": 0.2}):
         said = ",".join(options) or "plain"
         for weights in (True, False):
-            build = lambda o=options, w=weights: SelfAttention(w, **o)  # noqa: E731
-            yield from _typed(f"MultiheadAttention/{said}/{weights}", build, normal(6, 4, 32), evaluated=True)
+            build = functools.partial(SelfAttention, weights, **options)
+            yield from typed(f"MultiheadAttention/{said}/{weights}", build, normal(6, 4, 32), evaluated=True)
     for first in (True, False):
         layer = lambda f=first: nn.TransformerEncoderLayer(32, 2, 64, 0.1, batch_first=True, norm_first=f)  # noqa: E731
-        yield from _typed(f"TransformerEncoderLayer/{first}", layer, normal(4, 6, 32), evaluated=True)
+        yield from typed(f"TransformerEncoderLayer/{first}", layer, normal(4, 6, 32), evaluated=True)
     decoder = lambda: nn.TransformerDecoderLayer(32, 2, 64, 0.1, batch_first=True)  # noqa: E731
-    yield from _typed("TransformerDecoderLayer", decoder, lambda: (torch.randn(4, 6, 32), torch.randn(4, 5, 32)))
+    yield from typed("TransformerDecoderLayer", decoder, lambda: (torch.randn(4, 6, 32), torch.randn(4, 5, 32)))
 
 
 class SelfAttention(nn.Module):

@@ -54,6 +54,7 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten.native_layer_norm_backward.default: lambda op, g, x: op(
         g, x, [8, 8], *(x.new_zeros(16, 4, 1, 1),) * 2, *(x.new_zeros(8, 8),) * 2, ALL
     ),
+    aten.glu_backward.default: lambda op, g, x: op(g[:, :2], x, 1),
     aten.channel_shuffle.default: lambda op, _, x: op(x, 2),
     aten.roll.default: lambda op, _, x: op(x, [1, -2], [0, 3]),
     aten.max_unpool2d.default: lambda op, _, x: op(x, torch.ones_like(x, dtype=torch.int64), [16, 16]),

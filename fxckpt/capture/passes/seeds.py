@@ -6,8 +6,7 @@ import torch
 from torch import fx
 
 from fxckpt.capture.nodes import is_selection, value
-
-aten = torch.ops.aten
+from fxckpt.upstream.operators import ATTENTION_WITH_SEED_ON_CPU
 
 
 def seeds_on_cpu(graph: fx.Graph) -> None:
@@ -16,7 +15,7 @@ def seeds_on_cpu(graph: fx.Graph) -> None:
     Torch describes them as on the GPU.
     """
     for node in graph.nodes:
-        if node.target is not aten._scaled_dot_product_efficient_attention.default:
+        if node.target is not ATTENTION_WITH_SEED_ON_CPU:
             continue
         *results, seed, offset = value(node)
         with seed.fake_mode:

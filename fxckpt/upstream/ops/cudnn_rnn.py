@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxckpt.upstream.dispatch import TorchDispatchMode, backward_keeps_graph
+from fxckpt.upstream.operators import argument_names
 from fxckpt.upstream.ops.library import LIBRARY
 
 aten = torch.ops.aten
@@ -30,7 +31,8 @@ MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 """What cuDNN calls the kinds of layers."""
 
 _LAYERS: dict[int, Callable[..., Any]] = {mode: getattr(aten, name).input for name, mode in MODES.items()}
-_STATE_PLACE = 15  # of the state of dropout among the kernel's arguments
+_STATE_PLACE = argument_names(KERNEL).index("dropout_state")
+_PLACES = {name: place for place, name in enumerate(argument_names(KERNEL_BACKWARD))}
 _STATES: dict[torch.device, Tensor] = {}
 """The last state of dropout that torch gave to the kernel, by device: backward takes it, and does not read it."""
 
@@ -40,7 +42,7 @@ class _Watched(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.results: tuple[Tensor, ...] = ()
+        self.results: Any = ()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -72,13 +74,15 @@ def _run(
     with _Watched() as watched:
         hidden = hx if cx is None else [hx, cx]
         _LAYERS[mode](x, hidden, weight, has_biases, layers, dropout, train, bidirectional, batch_first)
-    return watched.results
+    return watched.results  # type: ignore[no-any-return]
 
 
 def _run_backward(*args: Any) -> Any:
+    """The kernel writes over what its forward reserved, which another backward may want."""
     given = list(args)
-    place = [argument.name for argument in KERNEL_BACKWARD._schema.arguments].index("dropout_state")
-    given[place] = _STATES.get(args[0].device)
+    given[_PLACES["dropout_state"]] = _STATES.get(args[0].device)
+    if backward_keeps_graph():
+        given[_PLACES["reserve"]] = given[_PLACES["reserve"]].clone()
     return KERNEL_BACKWARD(*given)
 
 
