@@ -180,3 +180,28 @@ def test_what_torch_tells_otherwise_is_left_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt), right_strides():
         raise KeyboardInterrupt
     assert [op.py_kernels for op in CALLS] == before
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 10])
+@pytest.mark.parametrize("dims", ["2 2", "2 3", "3 2", "3 3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_groups_are_described_for_all_types_and_lengths(
+    dims: str, columns: int, dtype: torch.dtype
+) -> None:
+    def padded(*shape: int) -> Tensor:
+        """Rows of a multiple of 16 bytes, as the kernel wants them."""
+        return torch.ones(*shape[:-1], 16, dtype=dtype)[..., : shape[-1]]
+
+    x = padded(16, 8) if dims[0] == "2" else padded(2, 16, 8)
+    y = padded(8, columns) if dims[-1] == "2" else padded(2, 8, columns)
+    ends = torch.tensor([3, 8] if dims == "2 2" else [3, 16] if dims == "2 3" else [1, columns], dtype=torch.int32)
+    offs = None if dims == "3 3" else ends
+    expected = torch._grouped_mm(x, y, offs=offs)
+    with right_strides(), FakeTensorMode() as mode, enable_python_dispatcher():
+        given = None if offs is None else mode.from_tensor(offs)
+        described = torch._grouped_mm(mode.from_tensor(x), mode.from_tensor(y), offs=given)
+    assert (described.shape, described.stride(), described.dtype) == (
+        expected.shape,
+        expected.stride(),
+        expected.dtype,
+    )
