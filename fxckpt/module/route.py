@@ -112,7 +112,7 @@ class Route:
 
 
 def _noting_compiled(bypasses: Bypasses) -> Callable[[], bool]:
-    """What is called once, while Dynamo traces the code around. It has no arguments: Dynamo 2.11 takes only constants."""
+    """What is called once, while Dynamo traces the code around. Torch 2.11 would take only constants as arguments."""
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def note() -> bool:
