@@ -31,8 +31,8 @@ __all__ = [
 _KNOWS_REGIONS = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 APART: dict[str, Any] = {"isolate_recompiles": True} if _KNOWS_REGIONS else {}
-"""Arguments of `torch._dynamo.optimize` by which graphs of code that several functions run are looked for apart. Without
-them, as in torch 2.11, all are looked at, of which only those of the same backend are taken."""
+"""Arguments of `torch._dynamo.optimize` by which graphs of code that several functions run are looked for apart. There
+are none before torch 2.13: then all are looked at, of which only those of the same backend are taken."""
 
 
 def checkpoint_generator() -> Callable[..., Any]:
@@ -77,7 +77,7 @@ Truth = Callable[[Any, Any], Any]
 def truth_replaced(by: Callable[[Truth], Truth]) -> Iterator[None]:
     """Dynamo takes `by(its own way)` as its way to call `bool` of a tensor.
 
-    That is a method of what stands for the tensor, renamed after torch 2.13; before, it was one of what stands for `bool`.
+    That is a method of what stands for the tensor, renamed after torch 2.13; in 2.11 it is one of what stands for `bool`.
     """
     for name in ("nb_bool_impl", "bool_impl"):
         if hasattr(TensorVariable, name):
