@@ -77,7 +77,7 @@ Truth = Callable[[Any, Any], Any]
 def truth_replaced(by: Callable[[Truth], Truth]) -> Iterator[None]:
     """Dynamo takes `by(its own way)` as its way to call `bool` of a tensor.
 
-    That is a method of what stands for the tensor, renamed after torch 2.13; in 2.11 it is one of what stands for `bool`.
+    That is a method of what stands for the tensor, renamed after torch 2.13; in 2.11 one of what stands for `bool`.
     """
     for name in ("nb_bool_impl", "bool_impl"):
         if hasattr(TensorVariable, name):
