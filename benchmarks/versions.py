@@ -9,7 +9,7 @@ and versions into the results, and the table of all results between two marks in
 from __future__ import annotations
 
 import argparse
-import datetime
+import datetime as dt
 import importlib.metadata
 import json
 import platform
@@ -17,7 +17,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from tabulate import tabulate
 
@@ -32,7 +32,7 @@ def run_of(report: Path, torch: str, python: str) -> Run:
     """What a report of pytest's says about a run of the tests."""
     counts = {"passed": 0, "failed": 0, "skipped": 0}
     failures = []
-    for case in ElementTree.parse(report).getroot().iter("testcase"):
+    for case in ET.parse(report).getroot().iter("testcase"):
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
         counts[outcome] += 1
@@ -40,7 +40,7 @@ def run_of(report: Path, torch: str, python: str) -> Run:
             failures.append(f"{case.get('classname')}.{case.get('name')}")
     if not counts["passed"]:
         raise SystemExit(f"{report}: no test passed; this is no run of the tests")
-    date = datetime.datetime.now(datetime.UTC).date().isoformat()
+    date = dt.datetime.now(dt.UTC).date().isoformat()
     return {"torch": torch, "python": python, **counts, "date": date, "failures": sorted(set(failures))}
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.versions import minor, with_table
 from fxckpt.units import format_bytes
 
 ROOT = Path(__file__).parents[1]
 README, WORKS, COMPARISON = (
     (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/what_works.md", "docs/comparison.md")
 )
+PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 MODELS = {
     "GPT": "gpt12",
     "BERT": "bert6",
@@ -73,3 +76,19 @@ def test_the_count_of_architectures_is_that_of_the_results(page: str) -> None:
     rows = results("architectures")["rows"]
     working = sum(row["same_bits"] is True for row in rows)
     assert f"{working} of {len(rows)} architectures of transformers" in page
+
+
+def test_the_versions_are_those_of_the_results() -> None:
+    runs = results("versions")
+    assert with_table(README, runs) == README, (
+        "run .ci/versions, or write what benchmarks.versions makes of its results"
+    )
+
+
+def test_no_version_fails_and_all_are_supported() -> None:
+    (torch,) = (d for d in tomllib.loads(PROJECT)["project"]["dependencies"] if d.startswith("torch"))
+    least, beyond = (minor(bound) for bound in torch.split(","))
+    for run in results("versions"):
+        assert least <= minor(run["torch"]) < beyond
+        assert run["passed"] > 0
+        assert run["failures"] == []

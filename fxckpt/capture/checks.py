@@ -63,6 +63,7 @@ def _read_back(code: list[dis.Instruction], at: int) -> int:
     given = code[at]
     if given.opname == "STORE_FAST_LOAD_FAST":
         return int(given.argval[0] == given.argval[1])
+    if given.opname != "STORE_FAST":
+        return 0
     following = code[at + 1]
-    read = given.opname == "STORE_FAST" and following.opname == "LOAD_FAST"
-    return 2 * int(read and given.argval == following.argval)
+    return 2 * int(following.opname == "LOAD_FAST" and given.argval == following.argval)

@@ -112,12 +112,12 @@ class Route:
 
 
 def _noting_compiled(bypasses: Bypasses) -> Callable[[], bool]:
-    """What is called once, while Dynamo traces the code around. It has no arguments: Dynamo 2.11 takes only constants."""
+    """What is called once, while Dynamo traces the code around. Torch 2.11 would take only constants as arguments."""
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def note() -> bool:
         if not traced_for_plan():
             bypasses.say("the module was compiled by torch.compile", stacklevel=3)
         return True
 
-    return note
+    noting: Callable[[], bool] = torch.compiler.assume_constant_result(note)
+    return noting

@@ -30,7 +30,7 @@ def _attention_backward_flops(_: _Shape, query: _Shape, key: _Shape, value: _Sha
 
 
 def _pairs(query: _Shape, key: _Shape) -> int:
-    """Pairs of a query and a key. Several heads of queries may share one of keys, which is computed with each of them."""
+    """Pairs of a query and a key. Several heads of queries may share one of keys; then each makes pairs with it."""
     batch, heads, queries, _ = query
     return batch * heads * queries * key[-2]
 

@@ -47,7 +47,7 @@ _SETTINGS: dict[str, Any] = {
 
 
 _FAILURES = (exc.TorchDynamoException, GuardOnDataDependentSymNode, AssertionError, IndexError)
-"""What Dynamo raises where it can't go on, or where it has a fault itself: it lets some pass that its own code raised."""
+"""What Dynamo raises where it can't go on, or where it has a fault itself: some are of its own code."""
 
 
 class NotTraced(Exception):  # noqa: N818 - caught, and answered by another way to capture

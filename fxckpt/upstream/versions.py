@@ -19,17 +19,24 @@ from torch.utils import checkpoint
 
 from fxckpt.upstream.patching import function_replaced, state_apart
 
-__all__ = ["APART", "checkpoint_generator", "floats_as_before", "fx_tracing_apart", "old_stacks_forgotten", "truth_replaced"]
+__all__ = [
+    "APART",
+    "checkpoint_generator",
+    "floats_as_before",
+    "fx_tracing_apart",
+    "old_stacks_forgotten",
+    "truth_replaced",
+]
 
 _KNOWS_REGIONS = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
 APART: dict[str, Any] = {"isolate_recompiles": True} if _KNOWS_REGIONS else {}
-"""Arguments of `torch._dynamo.optimize` with which graphs of code that several functions run are looked for apart. Torch
-2.11 has no such argument, and looks at all of them, of which only those of the same backend are taken."""
+"""Arguments of `torch._dynamo.optimize` by which graphs of code that several functions run are looked for apart. There
+are none before torch 2.13: then all are looked at, of which only those of the same backend are taken."""
 
 
 def checkpoint_generator() -> Callable[..., Any]:
-    """What `torch.utils.checkpoint` does around a function in the variant without re-entry; from 2.14 by another name."""
+    """What `torch.utils.checkpoint` does around a function in the variant without re-entry; renamed in torch 2.14."""
     names = ("_checkpoint_without_reentrant_generator_impl", "_checkpoint_without_reentrant_generator")
     found: Callable[..., Any] = next(getattr(checkpoint, name) for name in names if hasattr(checkpoint, name))
     return found
@@ -70,7 +77,7 @@ Truth = Callable[[Any, Any], Any]
 def truth_replaced(by: Callable[[Truth], Truth]) -> Iterator[None]:
     """Dynamo takes `by(its own way)` as its way to call `bool` of a tensor.
 
-    That is a method of what stands for the tensor, from torch 2.14 on by another name; before 2.13 it was one of `bool`.
+    That is a method of what stands for the tensor, renamed after torch 2.13; in 2.11 one of what stands for `bool`.
     """
     for name in ("nb_bool_impl", "bool_impl"):
         if hasattr(TensorVariable, name):

@@ -44,6 +44,22 @@ def one_of_several(y: Tensor) -> Tensor:
     return y.sin()
 
 
+def are_fine(y: Tensor) -> bool:
+    return bool((y == y).all())
+
+
+def has_faults(y: Tensor) -> bool:
+    return not are_fine(y)
+
+
+def told_by_functions(y: Tensor) -> Tensor:
+    if not are_fine(y):
+        raise ValueError("not fine")
+    if has_faults(y.T):
+        raise ValueError("at fault")
+    return y.sinh()
+
+
 def asserted(y: Tensor) -> Tensor:
     assert not torch.isnan(y).any(), "NaN"
     return y.exp()
@@ -75,6 +91,7 @@ def of_normal(y: Tensor) -> Tensor:
 CHECKS: dict[str, Callable[[Tensor], Tensor]] = {
     "raise": raised,
     "raise if one of several": one_of_several,
+    "raise if a function says so": told_by_functions,
     "assert": asserted,
     "assert an item": asserted_item,
     "raise if a count is not zero": counted,

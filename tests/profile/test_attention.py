@@ -23,7 +23,7 @@ def _flops(formula: Any, tensors: list[torch.Tensor]) -> int:
     return int(formula(*tensors, out_val=None))
 
 
-@pytest.mark.parametrize("kernel", (*ATTENTION, *ATTENTION_BACKWARD), ids=str)
+@pytest.mark.parametrize("kernel", [*ATTENTION, *ATTENTION_BACKWARD], ids=str)
 def test_grouped_heads_cost_what_repeated_ones_do(kernel: Any) -> None:
     formula = shape_wrapper(ATTENTION_FLOPS[kernel])
     assert _flops(formula, _tensors(kernel, 2)) == _flops(formula, _tensors(kernel, 8)) > 0
