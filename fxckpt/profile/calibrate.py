@@ -124,8 +124,11 @@ def work(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[],
     for dtype in _TYPES:
         yield f"product in {dtype}", lambda dtype=dtype: _product(device, dtype, sizes.side_of(dtype))  # type: ignore[misc]
     yield "copy", lambda: _copy(torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=device), device)
-    host = {"pin_memory": True} if device.type == "cuda" else {}
-    yield "copy from the host", lambda: _copy(torch.zeros(sizes.host_bytes, dtype=torch.uint8, **host), device)
+    pinned = device.type == "cuda"
+    yield (
+        "copy from the host",
+        lambda: _copy(torch.zeros(sizes.host_bytes, dtype=torch.uint8, pin_memory=pinned), device),
+    )
     yield "launch", lambda: torch.zeros(1, device=device).neg_
 
 
