@@ -58,7 +58,9 @@ def with_run(runs: Sequence[Run], run: Run) -> list[Run]:
 
 def table(runs: Sequence[Run]) -> str:
     """A row a run, in markdown."""
-    return tabulate([[run[name.lower()] for name in HEADINGS] for run in runs], HEADINGS, tablefmt="github", disable_numparse=True)
+    return tabulate(
+        [[run[name.lower()] for name in HEADINGS] for run in runs], HEADINGS, tablefmt="github", disable_numparse=True
+    )
 
 
 def with_table(page: str, runs: Sequence[Run]) -> str:

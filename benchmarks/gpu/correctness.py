@@ -88,12 +88,13 @@ def _deterministic(plain: Autocast, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _left(bench: Bench, step: Step) -> dict[str, Tensor | None]:
     """All that a step leaves, by name."""
-    found = {"loss": step.loss, "random state": step.random_state}
+    found: dict[str, Tensor | None] = {"loss": step.loss, "random state": step.random_state}
     if bench.device == "cuda":
         found["random state of the device"] = torch.cuda.get_rng_state()
     found |= {f"gradient of {name}": gradient for name, gradient in step.gradients.items()}
     found |= {f"gradient of input {n}": gradient for n, gradient in enumerate(step.input_gradients)}
-    return found | {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
+    found |= {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
+    return found
 
 
 def _differing(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> list[str]:

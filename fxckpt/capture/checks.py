@@ -43,8 +43,11 @@ def _way_without_error(frame: FrameType) -> bool | None:
         if code[at].opname in PASSED:
             negated ^= code[at].opname == "UNARY_NOT"
             at += 1
-        elif _is_read_back(code, at):
-            at += 2
+        elif steps := _read_back(code, at):
+            at += steps
+        elif code[at].opname == "RETURN_VALUE" and frame.f_back is not None:  # the caller decides by it
+            answer = _way_without_error(frame.f_back)
+            return None if answer is None else answer ^ negated
         else:
             return None
 
@@ -55,9 +58,11 @@ def _way_without_error(frame: FrameType) -> bool | None:
     return None if answer is None else answer ^ negated
 
 
-def _is_read_back(code: list[dis.Instruction], at: int) -> bool:
-    """Whether an instruction only gives a value a name, by which the next reads it."""
-    return code[at].opname == "STORE_FAST" and (code[at + 1].opname, code[at + 1].argval) == (
-        "LOAD_FAST",
-        code[at].argval,
-    )
+def _read_back(code: list[dis.Instruction], at: int) -> int:
+    """How many instructions only give a value a name, by which it is read again: from Python 3.13 on it may be one."""
+    given = code[at]
+    if given.opname == "STORE_FAST_LOAD_FAST":
+        return int(given.argval[0] == given.argval[1])
+    following = code[at + 1]
+    read = given.opname == "STORE_FAST" and following.opname == "LOAD_FAST"
+    return 2 * int(read and given.argval == following.argval)

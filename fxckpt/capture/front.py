@@ -29,7 +29,7 @@ _PART = re.compile(
     r"|\.(?P<attribute>\w+)|\[(?P<item>[^]]+)\]"
 )
 _IN_DICT = re.compile(r"\.__dict__\['_(modules|parameters|buffers)'\]")
-_OTHER_MEMORY = frozenset({"set_", "set_data", "resize_", "swap_tensors"})
+_OTHER_MEMORY = frozenset({"set_", "shallow_copy_data_", "set_data", "resize_", "swap_tensors"})
 _NOT_NAMED = ("__self__", "__dict__", "__closure__", "cell_contents", "forward", "__func__")
 
 

@@ -31,6 +31,7 @@ PeakKind = Literal[
     "saved",
     "recomputed",
     "temporaries",
+    "libraries",
     "reserved",
 ]
 PEAK_KINDS: tuple[PeakKind, ...] = PeakKind.__args__  # type: ignore[attr-defined]
@@ -169,6 +170,7 @@ class Timeline:
                 kind: PeakKind = "inputs and outputs" if storage.kind == "input" else "parameters and buffers"
                 sums[kind] += storage.size_bytes
         sums["reserved"] = graph.reserved_bytes
+        sums["libraries"] = graph.library_bytes
         sums["gradients"] = graph.allocated_gradient_bytes if graph.gradients_allocated else 0
         return sums
 

@@ -11,7 +11,7 @@ from fxckpt.capture.joint import JointGraph
 from fxckpt.capture.nodes import is_selection, value
 from fxckpt.capture.roles import InputKind
 from fxckpt.core.graph import Storage, StorageKind
-from fxckpt.upstream.tensors import storage_key
+from fxckpt.upstream.tensors import occupied_bytes, storage_key
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,15 @@ class StorageMap:
         return tuple(dict.fromkeys(self.behind[n] for n in node.all_input_nodes if n in self.behind))
 
 
-def map_storages(joint: JointGraph) -> StorageMap:
+def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:
     """Group the tensors of the graph by the memory they live in.
 
     Fake tensors share storages exactly as the real ones will, so identity of their storages is what counts.
+
+    Args:
+        joint: the captured step.
+        block_bytes: sizes are rounded up to multiples of this, as the allocator of the device does that a step on the
+            meta device is planned for [B].
     """
     graph = joint.module.graph
     forward = forward_nodes(joint)
@@ -65,7 +70,7 @@ def map_storages(joint: JointGraph) -> StorageMap:
             if isinstance(tensor, torch.Tensor):
                 key = storage_key(tensor)
                 if key not in index_of:
-                    index_of[key] = add(node.name, tensor.untyped_storage().nbytes(), kinds.get(node, "buffer"))
+                    index_of[key] = add(node.name, occupied_bytes(tensor, block_bytes), kinds.get(node, "buffer"))
                 behind[node] = index_of[key]
             continue
         if is_selection(node):
@@ -78,7 +83,7 @@ def map_storages(joint: JointGraph) -> StorageMap:
         for name, tensor in outputs:
             key = storage_key(tensor)
             if key not in index_of:
-                index_of[key] = add(name, tensor.untyped_storage().nbytes(), kind)
+                index_of[key] = add(name, occupied_bytes(tensor, block_bytes), kind)
                 written.append(index_of[key])
         if isinstance(made, torch.Tensor):
             behind[node] = index_of[storage_key(made)]

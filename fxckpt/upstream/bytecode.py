@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-PASSED = ("UNARY_NOT", "TO_BOOL", "EXTENDED_ARG")
-"""Instructions that may stand between a question and the branch that it decides."""
+UNCHANGING = ("TO_BOOL", "EXTENDED_ARG")
+"""Instructions that may stand between a value and the branch that its truth decides."""
+PASSED = ("UNARY_NOT", *UNCHANGING)
+"""The same, and what turns the question around."""
 
 
 def branches(name: str) -> bool:

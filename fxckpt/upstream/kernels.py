@@ -8,6 +8,7 @@ the duration of a capture, and layers that ask whether they are traced are told 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch._C import DispatchKey
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.nn.modules import activation
 
-from fxckpt.upstream.operators import python_kernels
+from fxckpt.upstream.absent_gpu import placed_on
+from fxckpt.upstream.operators import OpOverload, python_kernels
+from fxckpt.upstream.ops import cudnn_rnn
+from fxckpt.upstream.ops.batch_norm import CUDNN_BATCH_NORM, cudnn_batch_norm
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 aten = torch.ops.aten
@@ -31,6 +35,8 @@ _REWRITTEN = (
     "rnn_relu",
     "multi_margin_loss",
     "multilabel_margin",
+    "hardshrink",
+    "softshrink",
 )
 _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 
@@ -43,10 +49,32 @@ def own_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def kernels_on_cuda() -> Iterator[None]:
+    """Recurrent layers on CUDA call cuDNN's kernels, whose results are described."""
+    described = {cudnn_rnn.KERNEL: cudnn_rnn.describe, cudnn_rnn.KERNEL_BACKWARD: cudnn_rnn.describe_backward}
+    with contextlib.ExitStack() as stack:
+        for op, describe in described.items():
+            stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: describe}))
+        for kind in cudnn_rnn.MODES:
+            op = getattr(aten, kind).input
+            layer = functools.partial(_by_cudnn, op, functools.partial(cudnn_rnn.layer, kind))
+            stack.enter_context(python_kernels(op, op.py_kernels | dict.fromkeys(_KEYS, layer)))
+        # it looks for weights that don't lie in one piece, and moves them
+        stack.enter_context(function_replaced(nn.RNNBase.flatten_parameters, lambda *_: None))
+        yield
+
+
+def _by_cudnn(op: OpOverload, layer: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
+    if placed_on(x).type == "cuda" and torch.backends.cudnn.enabled:
+        return layer(x, *args)
+    return op._op_dk(DispatchKey.CompositeImplicitAutograd, x, *args)
+
+
+@contextlib.contextmanager
 def _without_python_forms() -> Iterator[None]:
     """Put the Python implementations aside."""
     with contextlib.ExitStack() as stack:
-        for overload in _rewritten_overloads():
+        for overload in (*_rewritten_overloads(), CUDNN_BATCH_NORM):
             if not overload.py_kernels.keys().isdisjoint(_KEYS):
                 kernels = {key: kernel for key, kernel in overload.py_kernels.items() if key not in _KEYS}
                 stack.enter_context(python_kernels(overload, kernels))
@@ -134,6 +162,9 @@ def _changes_as_in_eager() -> Iterator[None]:
         if func is aten.expand.default and _expands_nothing(args[0], args[1]):
             with mode:
                 return _with_dims(args[0], len(args[1]))
+        if func is CUDNN_BATCH_NORM:
+            with mode:
+                return cudnn_batch_norm(*args, **(kwargs or {}))
         filled = _FILLS.get(func)
         if filled is None or args[0].is_contiguous():
             return original(mode, func, types, args, kwargs)

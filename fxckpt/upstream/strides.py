@@ -52,6 +52,10 @@ def _as_second(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
     return torch.empty_like(x)
 
 
+def _as_second_in_order(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
+    return _contiguous(x)
+
+
 def _as_parts_joined(_: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
     """`roll` joins the two parts of each dim that it moves."""
     if not dims:
@@ -113,6 +117,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor | Results]] = {
     aten.smooth_l1_loss_backward.default: _contiguous,
     aten._log_softmax_backward_data.default: _contiguous,
     aten.native_layer_norm_backward.default: _each(_contiguous),
+    aten.glu_backward.default: _as_second_in_order,
     aten.channel_shuffle.default: _in_format,
     aten.roll.default: _as_parts_joined,
     aten.max_unpool2d.default: _in_format,
@@ -143,15 +148,41 @@ _OWN_DESCRIPTIONS = (aten.view.default, aten._unsafe_view.default)
 """Views that torch describes by Python of its own, which gives dims of size 1 other strides than the kernel does."""
 
 
+def _products_of_groups(
+    x: Tensor,
+    y: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,  # noqa: ARG001 - named as the kernel names it
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows are padded to a multiple of 16 bytes."""
+    dtype = out_dtype or x.dtype
+    of_groups = offs.shape if offs is not None and x.dim() == y.dim() == 2 else x.shape[:1] if x.dim() == 3 else ()
+    batch = of_groups if x.dim() == y.dim() else ()
+    rows, columns = x.shape[-2], y.shape[-1]
+    per_row = 16 // dtype.itemsize
+    padded = -(-columns // per_row) * per_row
+    return x.new_empty_strided((*batch, rows, columns), (rows * padded, padded, 1)[-len(batch) - 2 :], dtype=dtype)
+
+
+_TOO_STRICT: dict[OpOverload, Callable[..., Tensor]] = {aten._grouped_mm.default: _products_of_groups}
+"""Ops whose descriptions refuse what kernels compute: other types than bfloat16, and rows of any length."""
+
+
 @contextlib.contextmanager
 def right_views() -> Iterator[None]:
-    """Let views have the strides that they have where they are computed, also of dims of size 1; for this thread."""
+    """Let views have the strides that they have where they are computed, also of dims of size 1; for this thread.
+
+    And let what kernels compute be described at all.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(function_replaced(fake_impls.dispatch_to_op_implementations_dict, _unless_own))
         stack.enter_context(function_replaced(FakeTensorMode._dispatch_impl, elementwise.described))
         for op in _OWN_DESCRIPTIONS:
             kernels = {key: kernel for key, kernel in op.py_kernels.items() if key is not DispatchKey.Meta}
             stack.enter_context(python_kernels(op, kernels))
+        for op, description in _TOO_STRICT.items():
+            stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: description}))
         yield
 
 

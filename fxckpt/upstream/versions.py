@@ -19,7 +19,7 @@ from torch.utils import checkpoint
 
 from fxckpt.upstream.patching import function_replaced, state_apart
 
-__all__ = ["APART", "checkpoint_generator", "fx_tracing_apart", "old_stacks_forgotten", "truth_replaced"]
+__all__ = ["APART", "checkpoint_generator", "floats_as_before", "fx_tracing_apart", "old_stacks_forgotten", "truth_replaced"]
 
 _KNOWS_REGIONS = "isolate_recompiles" in inspect.signature(torch.compile).parameters
 
@@ -54,17 +54,29 @@ def _set_stack_trace(original: Callable[[list[str]], None], stack: list[str]) ->
         traceback.get_current_meta().pop("stack_trace", None)
 
 
+def floats_as_before() -> contextlib.AbstractContextManager[None]:
+    """Dynamo describes a float that becomes an input as a tensor of the default type, in this thread.
+
+    In torch 2.15 it is one of double precision, for which Dynamo makes a guard that reads a tensor where a float is.
+    """
+    return function_replaced(torch._as_tensor_fullprec, lambda _, value: torch.tensor(value))
+
+
 Truth = Callable[[Any, Any], Any]
 """From a traced tensor and what translates instructions to what stands for the truth of the tensor."""
 
 
 @contextlib.contextmanager
 def truth_replaced(by: Callable[[Truth], Truth]) -> Iterator[None]:
-    """Dynamo takes `by(its own way)` as its way to call `bool` of a tensor: a method of tensors from torch 2.13 on."""
-    if hasattr(TensorVariable, "bool_impl"):
-        with mock.patch.object(TensorVariable, "bool_impl", by(TensorVariable.bool_impl)):
-            yield
-        return
+    """Dynamo takes `by(its own way)` as its way to call `bool` of a tensor.
+
+    That is a method of what stands for the tensor, from torch 2.14 on by another name; before 2.13 it was one of `bool`.
+    """
+    for name in ("nb_bool_impl", "bool_impl"):
+        if hasattr(TensorVariable, name):
+            with mock.patch.object(TensorVariable, name, by(getattr(TensorVariable, name))):
+                yield
+            return
     original = BuiltinVariable.call_bool
 
     def call_bool(self: Any, tx: Any, given: Any) -> Any:
