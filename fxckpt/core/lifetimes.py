@@ -159,4 +159,9 @@ def _without_unread(lives: Lives, replayed: frozenset[int]) -> Lives:
         storage not in replayed or dies > born
         for storage, born, dies in zip(lives.storages, lives.born, lives.dies, strict=True)
     ]
-    return Lives(*(list(compress(field, read)) for field in (lives.storages, lives.born, lives.dies, lives.recomputed)))
+    return Lives(
+        list(compress(lives.storages, read)),
+        list(compress(lives.born, read)),
+        list(compress(lives.dies, read)),
+        list(compress(lives.recomputed, read)),
+    )

@@ -73,15 +73,16 @@ def profile_of(device: torch.device, file: Path | None, *, default: bool = False
         )
         return instead
     memory_bytes = torch.cuda.get_device_properties(device).total_memory
-    return profile_from(called, found_us, Sizes(), memory_bytes, known.link_bytes_per_s if known else 0.0)
+    return profile_from(called, found_us, Sizes(), memory_bytes, known)
 
 
 def profile_from(
-    name: str, times_us: dict[str, float], sizes: Sizes, memory_bytes: int, link_bytes_per_s: float
+    name: str, times_us: dict[str, float], sizes: Sizes, memory_bytes: int, sheet: DeviceProfile | None
 ) -> DeviceProfile:
     """The profile that follows from times by the names that `work` gives [µs].
 
-    The rate of TF32 is that measured of float32 where TF32 is allowed, else half of bfloat16's, as it is in hardware.
+    What can't be measured on one device is that of its data sheet, if there is one. The rate of TF32 is that measured
+    of float32 where TF32 is allowed, else half of bfloat16's, as it is in hardware.
     """
     flops_per_s = {
         str(dtype).removeprefix("torch."): 2 * sizes.side_of(dtype) ** 3 / (times_us[f"product in {dtype}"] * 1e-6)
@@ -96,8 +97,9 @@ def profile_from(
         DEVICES["A100"].allocation_bytes,
         memory_bytes,
         sizes.host_bytes / (times_us["copy from the host"] * 1e-6),
-        link_bytes_per_s,
+        sheet.link_bytes_per_s if sheet else 0.0,
         source="measured here",
+        blas_bytes=sheet.blas_bytes if sheet else 0,
     )
 
 
@@ -124,8 +126,11 @@ def work(device: torch.device, sizes: Sizes) -> Iterator[tuple[str, Callable[[],
     for dtype in _TYPES:
         yield f"product in {dtype}", lambda dtype=dtype: _product(device, dtype, sizes.side_of(dtype))  # type: ignore[misc]
     yield "copy", lambda: _copy(torch.zeros(sizes.copied_bytes, dtype=torch.uint8, device=device), device)
-    host = {"pin_memory": True} if device.type == "cuda" else {}
-    yield "copy from the host", lambda: _copy(torch.zeros(sizes.host_bytes, dtype=torch.uint8, **host), device)
+    pinned = device.type == "cuda"
+    yield (
+        "copy from the host",
+        lambda: _copy(torch.zeros(sizes.host_bytes, dtype=torch.uint8, pin_memory=pinned), device),
+    )
     yield "launch", lambda: torch.zeros(1, device=device).neg_
 
 

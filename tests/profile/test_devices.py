@@ -167,7 +167,7 @@ TIMES_US = {
 def test_rates_follow_from_what_is_timed() -> None:
     before = torch.get_rng_state()
     clock = FixedClock(TIMES_US)
-    profile = profile_from("some GPU", timed(torch.device("cpu"), SIZES, clock), SIZES, 10**9, 5e9)
+    profile = profile_from("some GPU", timed(torch.device("cpu"), SIZES, clock), SIZES, 10**9, DEVICES["H200"])
     assert torch.equal(torch.get_rng_state(), before)
     product = 2 * 64**3
     assert profile.flops_per_s == pytest.approx(
@@ -180,7 +180,8 @@ def test_rates_follow_from_what_is_timed() -> None:
         }
     )
     assert (profile.bytes_per_s, profile.host_bytes_per_s) == pytest.approx((8192 / 0.5e-6, 1024 / 2e-6))
-    assert (profile.launch_us, profile.memory_bytes, profile.link_bytes_per_s) == (3.0, 10**9, 5e9)
+    assert (profile.launch_us, profile.memory_bytes, profile.link_bytes_per_s) == (3.0, 10**9, 450e9)
+    assert profile.blas_bytes == DEVICES["H200"].blas_bytes > 0
     assert roofline_us(profile, product, 0, "bfloat16") == pytest.approx(1.0 + 3.0)
     assert math.isclose(roofline_us(profile, product, 0, "float8_e5m2"), 8.0 + 3.0)  # not known: as float32
 
