@@ -1,7 +1,7 @@
 """Records the ops that eager torch dispatches for each layer of a menu on a device, and compares them with captures.
 
-    python -m tests.gpu.record_dispatch --out tests/gpu/dispatched.json.gz
-    python -m tests.gpu.record_dispatch --compare --seconds 120 --out differences.json.gz
+python -m tests.gpu.record_dispatch --out tests/gpu/dispatched.json.gz
+python -m tests.gpu.record_dispatch --compare --seconds 120 --out differences.json.gz
 """
 
 from __future__ import annotations

@@ -67,7 +67,9 @@ def called(func: Any, args: Any, kwargs: Any, results: Any, kind: str) -> Called
     flat = list(results) if isinstance(results, (tuple, list)) else [results]
     tensors = [x for y in flat for x in (y if isinstance(y, (tuple, list)) else [y])]
     forms = " ".join(form(x, kind) for x in tensors)
-    return Called(str(func), forms, _note(func, given, tensors, kind), _said((args, kwargs or {}), kind), _bytes(tensors))
+    return Called(
+        str(func), forms, _note(func, given, tensors, kind), _said((args, kwargs or {}), kind), _bytes(tensors)
+    )
 
 
 def _said(given: Any, kind: str) -> str:

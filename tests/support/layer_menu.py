@@ -135,7 +135,13 @@ def laid_out(layout: str, *shape: int) -> Inputs:
 
 
 def _typed(
-    name: str, build: Callable[[], nn.Module], inputs: Inputs, *, evaluated: bool = False, half: bool = False, **more: Any
+    name: str,
+    build: Callable[[], nn.Module],
+    inputs: Inputs,
+    *,
+    evaluated: bool = False,
+    half: bool = False,
+    **more: Any,
 ) -> Iterator[LayerCase]:
     """In float32, bfloat16 and under autocast; if asked for also in float16, and in eval mode."""
     yield LayerCase(f"{name}/fp32", build, inputs, **more)
@@ -155,14 +161,22 @@ def norms() -> Iterator[LayerCase]:
         for layout in ("contiguous", "transposed" if dims == 1 else "channels last", "sliced"):
             kind: Any = getattr(nn, f"BatchNorm{dims}d")
             yield from _typed(
-                f"BatchNorm{dims}d/{layout}", lambda k=kind: k(8), laid_out(layout, *shape), evaluated=True, half=dims == 2
+                f"BatchNorm{dims}d/{layout}",
+                lambda k=kind: k(8),
+                laid_out(layout, *shape),
+                evaluated=True,
+                half=dims == 2,
             )
             kind = getattr(nn, f"InstanceNorm{dims}d")
-            yield from _typed(f"InstanceNorm{dims}d/{layout}", lambda k=kind: k(8, affine=True), laid_out(layout, *shape))
+            yield from _typed(
+                f"InstanceNorm{dims}d/{layout}", lambda k=kind: k(8, affine=True), laid_out(layout, *shape)
+            )
     image = normal(4, 8, 6, 6)
     yield from _typed("BatchNorm1d/rows", lambda: nn.BatchNorm1d(8), normal(16, 8), evaluated=True)
     yield from _typed("BatchNorm2d/plain", lambda: nn.BatchNorm2d(8, affine=False), image, evaluated=True)
-    yield from _typed("BatchNorm2d/untracked", lambda: nn.BatchNorm2d(8, track_running_stats=False), image, evaluated=True)
+    yield from _typed(
+        "BatchNorm2d/untracked", lambda: nn.BatchNorm2d(8, track_running_stats=False), image, evaluated=True
+    )
     yield from _typed("BatchNorm2d/average", lambda: nn.BatchNorm2d(8, momentum=None), image)
     yield from _typed("InstanceNorm2d/plain", lambda: nn.InstanceNorm2d(8), image)
     tracked = lambda: nn.InstanceNorm2d(8, affine=True, track_running_stats=True)  # noqa: E731
@@ -200,7 +214,9 @@ def recurrent() -> Iterator[LayerCase]:
     state = lambda: (torch.randn(5, 3, 16), (torch.randn(1, 3, 32), torch.randn(1, 3, 32)))  # noqa: E731
     yield from _typed("LSTM/state", lambda: nn.LSTM(16, 32), state)
     for kind in (nn.LSTM, nn.GRU):
-        yield from _typed(f"{kind.__name__}/packed", lambda k=kind: Packed(k(16, 32, batch_first=True)), normal(2, 6, 16))
+        yield from _typed(
+            f"{kind.__name__}/packed", lambda k=kind: Packed(k(16, 32, batch_first=True)), normal(2, 6, 16)
+        )
     for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell):
         yield from _typed(kind.__name__, lambda k=kind: k(16, 32), normal(3, 16))
 

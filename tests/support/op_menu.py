@@ -62,9 +62,13 @@ def images() -> Iterator[LayerCase]:
             }.items():
                 build = lambda k=getattr(nn, f"{name}{dims}d"), a=arguments: k(*a)  # noqa: E731
                 yield from _typed(f"{name}{dims}d/{layout}", build, given)
-            yield from _typed(f"AdaptiveAvgPool{dims}d of 3/{layout}", lambda k=getattr(nn, f"AdaptiveAvgPool{dims}d"): k(3), given)
+            yield from _typed(
+                f"AdaptiveAvgPool{dims}d of 3/{layout}", lambda k=getattr(nn, f"AdaptiveAvgPool{dims}d"): k(3), given
+            )
             for mode in ("nearest", "nearest-exact", {1: "linear", 2: "bilinear", 3: "trilinear"}[dims]):
-                yield from _typed(f"Upsample{dims}d/{mode}/{layout}", lambda m=mode: nn.Upsample(scale_factor=2, mode=m), given)
+                yield from _typed(
+                    f"Upsample{dims}d/{mode}/{layout}", lambda m=mode: nn.Upsample(scale_factor=2, mode=m), given
+                )
             for mode in ("Constant", "Reflection", "Replication", "Zero", "Circular"):
                 kind: Any = getattr(nn, f"{mode}Pad{dims}d")
                 build = (lambda k=kind: k(1, 0.5)) if mode == "Constant" else (lambda k=kind: k(1))  # noqa: E731
@@ -84,7 +88,9 @@ def images() -> Iterator[LayerCase]:
         unpool = lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2)  # noqa: E731
         yield from _typed(f"MaxUnpool2d/{name}", lambda f=unpool: Call(f), given)
         for mode, border in (("bilinear", "zeros"), ("nearest", "border"), ("bicubic", "reflection")):
-            sample = lambda x, m=mode, b=border: F.grid_sample(x, x[:, :2].movedim(1, -1).tanh(), m, b, align_corners=False)  # noqa: E731
+            sample = lambda x, m=mode, b=border: F.grid_sample(
+                x, x[:, :2].movedim(1, -1).tanh(), m, b, align_corners=False
+            )  # noqa: E731
             yield from _typed(f"grid_sample/{mode}/{name}", lambda f=sample: Call(f), given)
         yield from _typed(f"roll/{name}", lambda: Call(lambda x: x.roll((1, 2), (2, 3))), given)
 
@@ -99,7 +105,7 @@ def activations() -> Iterator[LayerCase]:
     ]  # fmt: skip
     for number, build in enumerate(layers):
         for layout in ("contiguous", "channels last"):
-            changed = (lambda b=build: nn.Sequential(nn.Identity(), nn.Hardtanh(-9, 9), b()))  # noqa: E731
+            changed = lambda b=build: nn.Sequential(nn.Identity(), nn.Hardtanh(-9, 9), b())  # noqa: E731
             name = f"{number}-{getattr(build, '__name__', '').strip('<>')}"
             yield from _typed(f"activation/{name}/{layout}", changed, laid_out(layout, 2, 4, 6, 6))
     yield from _typed("Dropout/odd", lambda: nn.Dropout(0.15), normal(3, 5, 7), half=True)
@@ -108,7 +114,11 @@ def activations() -> Iterator[LayerCase]:
     yield from _typed("Linear/no bias", lambda: nn.Linear(16, 32, bias=False), normal(4, 16))
     yield from _typed("Linear/transposed", lambda: nn.Linear(16, 32), laid_out("transposed", 4, 5, 16))
     yield from _typed("Bilinear", lambda: nn.Bilinear(8, 8, 4), lambda: (torch.randn(4, 8), torch.randn(4, 8)))
-    yield from _typed("einsum", lambda: Call(lambda a, b: torch.einsum("bhqd,bhkd->bhqk", a, b)), lambda: (torch.randn(2, 4, 6, 8), torch.randn(2, 4, 5, 8)))
+    yield from _typed(
+        "einsum",
+        lambda: Call(lambda a, b: torch.einsum("bhqd,bhkd->bhqk", a, b)),
+        lambda: (torch.randn(2, 4, 6, 8), torch.randn(2, 4, 5, 8)),
+    )
     yield from _typed("baddbmm", lambda: Call(lambda a: torch.baddbmm(a, a, a)), normal(2, 6, 6))
     yield from _typed("addmm", lambda: Call(lambda a: torch.addmm(a, a, a.t(), beta=0.5)), normal(6, 6))
 
