@@ -28,7 +28,7 @@ from fxckpt.errors import BudgetError, OverBudgetWarning, PlanMismatchError
 from fxckpt.options import Budget, Options
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.costs import cost_model, name_on
-from fxckpt.profile.device_memory import allocator_settings, block_bytes, library_bytes
+from fxckpt.profile.device_memory import allocator_settings, block_bytes, give_back_free_blocks, library_bytes
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.rewrite.backends import python
 from fxckpt.rewrite.bridge import bridge
@@ -106,6 +106,7 @@ def profile_of(
         run_ops=options.run_ops,
         given=given,
     )
+    give_back_free_blocks(joint.device)
     profile = build(joint, costs, block_bytes(joint.device, options.device))
     if unused_bytes:
         unused = Storage("unused parameters and buffers", unused_bytes, "parameter")

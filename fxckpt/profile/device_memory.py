@@ -11,7 +11,6 @@ from fxckpt.capture.nodes import device as device_of_node
 from fxckpt.core.caching_allocator import AllocatorSettings
 from fxckpt.profile.costs import device_profile
 from fxckpt.profile.devices import DeviceProfile
-from fxckpt.units import CUDA_BLOCK_BYTES
 from fxckpt.upstream.allocator import caching_allocator_settings
 from fxckpt.upstream.blas import blas_workspace_bytes
 
@@ -19,7 +18,7 @@ _THREADS = 2  # forward runs in the caller's, backward in one of the device's ow
 
 
 def block_bytes(device: torch.device, wanted: str | DeviceProfile | None) -> int:
-    """Sizes on the device are multiples of this [B].
+    """Sizes on the device are multiples of this, beside those of tensors on CUDA, which are whole blocks anyway [B].
 
     Args:
         device: where the model is. If that is the meta device, the one that was named counts.
@@ -28,8 +27,6 @@ def block_bytes(device: torch.device, wanted: str | DeviceProfile | None) -> int
     Raises:
         BudgetError: there is no profile of this name.
     """
-    if device.type == "cuda":
-        return CUDA_BLOCK_BYTES
     return device_profile(device, wanted).allocation_bytes if device.type == "meta" and wanted is not None else 1
 
 
@@ -64,3 +61,10 @@ def allocator_settings(device: torch.device, wanted: str | DeviceProfile | None)
         max_split_bytes=most_bytes if most_bytes > 0 else None,
         divisions=tuple(divisions[key] for key in sorted(divisions, key=int)),
     )
+
+
+def give_back_free_blocks(device: torch.device) -> None:
+    """Let the caching allocator keep none of the memory that measuring took: steps are to find what plans expect."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import is_selection, value
+from fxckpt.capture.nodes import is_selection, tensors, value
 from fxckpt.capture.roles import InputKind
 from fxckpt.core.graph import Storage, StorageKind
 from fxckpt.upstream.tensors import occupied_bytes, storage_key
@@ -46,10 +46,11 @@ def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:
 
     Args:
         joint: the captured step.
-        block_bytes: sizes are rounded up to multiples of this, as the allocator of the device does that a step on the
-            meta device is planned for [B].
+        block_bytes: sizes are rounded up to multiples of this, as the allocator of the device does that a step is
+            planned for which was traced as if on the CPU [B].
     """
     graph = joint.module.graph
+    on_cuda = any(t.device.type == "cuda" for node in graph.nodes if node.op == "placeholder" for t in tensors(node))
     forward = forward_nodes(joint)
     kinds = _given_kinds(joint)
     storages: list[Storage] = []
@@ -57,8 +58,9 @@ def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:
     behind: dict[fx.Node, int] = {}
     writes: dict[fx.Node, tuple[int, ...]] = {}
 
-    def add(name: str, size_bytes: int, kind: StorageKind) -> int:
-        storages.append(Storage(name, size_bytes, kind))
+    def add(name: str, tensor: torch.Tensor, kind: StorageKind) -> int:
+        is_aside = on_cuda and tensor.device.type == "cpu"  # seeds and numbers, which take nothing of the device
+        storages.append(Storage(name, 0 if is_aside else occupied_bytes(tensor, block_bytes), kind))
         return len(storages) - 1
 
     for node in graph.nodes:
@@ -70,7 +72,7 @@ def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:
             if isinstance(tensor, torch.Tensor):
                 key = storage_key(tensor)
                 if key not in index_of:
-                    index_of[key] = add(node.name, occupied_bytes(tensor, block_bytes), kinds.get(node, "buffer"))
+                    index_of[key] = add(node.name, tensor, kinds.get(node, "buffer"))
                 behind[node] = index_of[key]
             continue
         if is_selection(node):
@@ -83,7 +85,7 @@ def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:
         for name, tensor in outputs:
             key = storage_key(tensor)
             if key not in index_of:
-                index_of[key] = add(name, occupied_bytes(tensor, block_bytes), kind)
+                index_of[key] = add(name, tensor, kind)
                 written.append(index_of[key])
         if isinstance(made, torch.Tensor):
             behind[node] = index_of[storage_key(made)]
