@@ -27,12 +27,11 @@ from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
 from fxckpt.upstream.checkpointed import checkpointing_bypassed
 from fxckpt.upstream.confined import tracing_confined
 from fxckpt.upstream.dispatch import unseen_by_function_modes
-from fxckpt.upstream.fakes import descriptions_apart
 from fxckpt.upstream.kernels import kernels_on_cuda, own_kernels
 from fxckpt.upstream.meta import made_present
 from fxckpt.upstream.ops.expect import checks_kept
 from fxckpt.upstream.ops.layout import LAID_OUT
-from fxckpt.upstream.strides import right_strides, right_views
+from fxckpt.upstream.strides import right_forms_on_cuda, right_strides
 from fxckpt.upstream.tensors import device_of
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -109,8 +108,7 @@ def capture(
         contextlib.ExitStack() as stack,
     ):
         if capability or device.type == "cuda":
-            stack.enter_context(descriptions_apart("on CUDA"))
-            stack.enter_context(right_views())
+            stack.enter_context(right_forms_on_cuda())
         else:
             stack.enter_context(right_strides())
         stack.enter_context(_backward_from(traced, tangents, likely))

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from fxckpt.errors import CaptureError
-from fxckpt.upstream.gpu_choices import chosen_for
+from fxckpt.upstream.gpu_choices import chosen_for, conv_format
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 _META = torch.device("meta")
@@ -70,6 +70,7 @@ def _absent(device: torch.device) -> Iterator[None]:
     with (
         attribute_replaced(FunctionalTensor, "device", property(placed_on)),
         attribute_replaced(FunctionalTensor, "is_cuda", property(lambda x: placed_on(x).type == "cuda")),
+        attribute_replaced(torch._C, "_conv_determine_backend_memory_format", conv_format),
         function_replaced(FakeTensorMode._dispatch_impl, _on(device)),
         function_replaced(FakeTensorMode.dispatch, _dispatch),
         _told(FakeTensor),

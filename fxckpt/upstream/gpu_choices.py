@@ -2,8 +2,9 @@
 
 They ask the GPU and its libraries. Here are the rules that they follow, as torch's source has them, for CUDA 13 and
 cuDNN 9.19, with which torch is built for it: `select_sdp_backend` in `native/transformers/cuda/sdp_utils.cpp`,
-`scaled_dot_product_attention` in `native/transformers/attention.cpp`, and `_select_batch_norm_backend` in
-`native/Normalization.cpp`. Where there is a GPU, torch is asked itself.
+`scaled_dot_product_attention` in `native/transformers/attention.cpp`, `_select_batch_norm_backend` in
+`native/Normalization.cpp`, `cudnn_conv_suggest_memory_format` in `native/ConvUtils.h`, and cells in `native/RNN.cpp`.
+Where there is a GPU of the kind that is asked for, torch is asked itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch._prims_common import suggest_memory_format
 from torch.nn import functional as F
 
 from fxckpt.upstream.operators import OpOverload, python_kernels
@@ -214,6 +216,14 @@ def _aligned(bias: Tensor) -> Tensor:
     return F.pad(bias, (0, 8 - length % 8))[..., :length]
 
 
+def conv_format(x: Tensor, weight: Tensor, _: Any) -> torch.memory_format:
+    """The memory format that a convolution computes in, as `cudnn_conv_suggest_memory_format` has it."""
+    given = [suggest_memory_format(y) for y in (x, weight)]
+    if torch.float64 in (x.dtype, weight.dtype) or not torch._C._get_cudnn_enabled():
+        return torch.contiguous_format
+    return next((form for form in given if form is not torch.contiguous_format), torch.contiguous_format)
+
+
 def _normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -242,9 +252,19 @@ def _normalize(
     )
     if not fits:
         return aten.native_batch_norm(x, weight, bias, mean, var, training, momentum, eps)[0]  # type: ignore[no-any-return]
-    x = x.contiguous(memory_format=torch._prims_common.suggest_memory_format(x))
+    x = x.contiguous(memory_format=suggest_memory_format(x))
     given = [None if y is None else y.contiguous() for y in (weight, bias, mean, var)]
     return aten.cudnn_batch_norm(x, *given, training, momentum, eps)[0]  # type: ignore[no-any-return]
+
+
+def _lstm_cell(x: Tensor, hx: list[Tensor], w_ih: Tensor, w_hh: Tensor, *biases: Any) -> tuple[Tensor, Tensor]:
+    gates, biases = (x @ w_ih.t(), hx[0] @ w_hh.t()), biases or (None, None)
+    return aten._thnn_fused_lstm_cell(*gates, hx[1], *biases)[:2]  # type: ignore[no-any-return]
+
+
+def _gru_cell(x: Tensor, hx: Tensor, w_ih: Tensor, w_hh: Tensor, *biases: Any) -> Tensor:
+    gates, biases = (x @ w_ih.t(), hx @ w_hh.t()), biases or (None, None)
+    return aten._thnn_fused_gru_cell(*gates, hx, *biases)[0]  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager
@@ -254,9 +274,11 @@ def chosen_for(capability: tuple[int, int], on_gpu: Callable[[Tensor], bool]) ->
     def attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _attend(capability, query, *args, **kwargs)
 
-    choices: dict[OpOverload, Callable[..., Tensor]] = {
+    choices: dict[OpOverload, Callable[..., Any]] = {
         aten.scaled_dot_product_attention.default: attend,
         aten.batch_norm.default: _normalize,
+        aten.lstm_cell.default: _lstm_cell,
+        aten.gru_cell.default: _gru_cell,
     }
     with contextlib.ExitStack() as stack:
         for op, choice in choices.items():
@@ -265,7 +287,7 @@ def chosen_for(capability: tuple[int, int], on_gpu: Callable[[Tensor], bool]) ->
         yield
 
 
-def _for_those(on_gpu: Callable[[Tensor], bool], op: OpOverload, choice: Callable[..., Tensor]) -> Callable[..., Any]:
+def _for_those(on_gpu: Callable[[Tensor], bool], op: OpOverload, choice: Callable[..., Any]) -> Callable[..., Any]:
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if on_gpu(x):
             return choice(x, *args, **kwargs)

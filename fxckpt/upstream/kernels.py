@@ -51,7 +51,12 @@ def own_kernels() -> Iterator[None]:
 @contextlib.contextmanager
 def kernels_on_cuda() -> Iterator[None]:
     """Recurrent layers on CUDA call cuDNN's kernels, whose results are described."""
-    described = {cudnn_rnn.KERNEL: cudnn_rnn.describe, cudnn_rnn.KERNEL_BACKWARD: cudnn_rnn.describe_backward}
+    described: dict[OpOverload, Callable[..., Any]] = {
+        cudnn_rnn.KERNEL: cudnn_rnn.describe,
+        cudnn_rnn.KERNEL_BACKWARD: cudnn_rnn.describe_backward,
+        aten._thnn_fused_gru_cell.default: _gru_cell,
+        aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
+    }
     with contextlib.ExitStack() as stack:
         for op, describe in described.items():
             stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: describe}))
@@ -62,6 +67,17 @@ def kernels_on_cuda() -> Iterator[None]:
         # it looks for weights that don't lie in one piece, and moves them
         stack.enter_context(function_replaced(nn.RNNBase.flatten_parameters, lambda *_: None))
         yield
+
+
+def _gru_cell(gates: torch.Tensor, _: torch.Tensor, hx: torch.Tensor, *__: Any) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(hx), gates.new_empty(hx.shape[0], hx.shape[1] * 5)
+
+
+def _gru_cell_backward(gradient: torch.Tensor, _: torch.Tensor, biased: bool) -> tuple[torch.Tensor | None, ...]:
+    batch, size = gradient.shape
+    gates = [gradient.new_empty(batch, 3 * size) for _ in range(2)]
+    biases = [gradient.new_empty(3 * size) if biased else None for _ in range(2)]
+    return *gates, torch.empty_like(gradient), *biases
 
 
 def _by_cudnn(op: OpOverload, layer: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
@@ -209,7 +225,7 @@ _FILLS: dict[Any, Callable[..., torch.Tensor]] = {
 
 def _rewritten_overloads() -> Iterator[Any]:
     for name in dir(torch.ops.aten):
-        if name.startswith(_REWRITTEN):
+        if name.startswith(_REWRITTEN) and not name.endswith("_cell"):
             packet = getattr(torch.ops.aten, name)
             for overload in packet.overloads():
                 yield getattr(packet, overload)

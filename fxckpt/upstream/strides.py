@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -190,13 +190,48 @@ def _unless_own(original: Callable[..., Any], mode: Any, op: OpOverload, *args: 
     return NotImplemented if op in _OWN_DESCRIPTIONS else original(mode, op, *args, **kwargs)
 
 
+def _statistics_on_cuda(results: tuple[Tensor, ...], x: Tensor, *args: Any) -> Results:
+    """Running statistics keep their type; what is saved of the batch is more precise."""
+    running = [y for y in args[2:4] if isinstance(y, Tensor)]
+    new = (made.new_empty(old.shape, dtype=old.dtype) for made, old in zip(results[3:], running, strict=True))
+    return torch.empty_like(x), *results[1:3], *new
+
+
+def _batch_norm_backward_on_cuda(results: Results, *args: Any) -> Results:
+    """In training channels last stay so."""
+    first, x, training = results[0], args[1], args[7]
+    if first is None:
+        return results
+    return (_in_format(first, x) if training else _contiguous(first)), *results[1:]
+
+
+ON_CUDA: dict[OpOverload, Callable[..., Results]] = {
+    aten._native_batch_norm_legit_functional.default: _statistics_on_cuda,
+    aten.native_batch_norm_backward.default: _batch_norm_backward_on_cuda,
+}
+"""From an op's results, as torch describes them, and its arguments to tensors of the form that they have on CUDA."""
+
+
+@contextlib.contextmanager
+def right_forms_on_cuda() -> Iterator[None]:
+    """Let the descriptions of ops on CUDA be right, for this thread."""
+    with _described_by(ON_CUDA, "on CUDA"):
+        yield
+
+
 @contextlib.contextmanager
 def right_strides() -> Iterator[None]:
     """Let the descriptions of these ops be right, for this thread."""
     rules = {op: functools.partial(_restrided, rule) for op, rule in LAID_OUT_LIKE.items()} | OF_OTHER_FORM
+    with _described_by(rules, "with right strides"):
+        yield
+
+
+@contextlib.contextmanager
+def _described_by(rules: Mapping[OpOverload, Callable[..., Any]], kind: str) -> Iterator[None]:
     longer_ways = {op: form for op, form in _decomp.decomposition_table.items() if op not in rules}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(descriptions_apart("with right strides"))
+        stack.enter_context(descriptions_apart(kind))
         stack.enter_context(right_views())
         stack.enter_context(attribute_replaced(_decomp, "decomposition_table", longer_ways))
         for op, rule in rules.items():

@@ -80,6 +80,8 @@ def _said(given: Any, kind: str) -> str:
 def _plain(x: Any) -> str:
     if isinstance(x, (list, tuple)):
         return f"[{' '.join(map(_plain, x))}]"
+    if isinstance(x, (torch.UntypedStorage, torch.TypedStorage, torch.Generator)):
+        return type(x).__name__  # not what it holds
     return f"{x:.6g}" if isinstance(x, float) else str(x)
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fxckpt.errors import CaptureError
 from tests.support.comparable import differences, unexpected
-from tests.support.dispatched import captured, in_eager, quiet
+from tests.support.dispatched import Called, captured, captured_for_gpu, in_eager, quiet
 from tests.support.op_menu import MENU
 
+RECORDED = Path(__file__).parents[1] / "gpu" / "dispatched.json.gz"
+"""By `python -m tests.gpu.record_dispatch --out`, on a GPU."""
 CPU = torch.device("cpu")
 
 REFUSED = re.compile("packed|bincount|ctc|/amp16$|soft_margin_loss")
@@ -42,6 +48,31 @@ def test_every_few_layers(name: str) -> None:
 @pytest.mark.works("layers and ops", f"{len(MENU)} layers, by type and layout: the kernels that eager torch calls")
 def test_all_layers(name: str) -> None:
     compare_on_cpu(name)
+
+
+NOT_ON_AN_ABSENT_GPU = re.compile("/amp|packed|average|^RMSNorm")
+"""Autocast asks where tensors are; some cases read values; and `nn.RMSNorm` has a gradient of its own on CUDA alone."""
+
+ON_GPU: dict[str, Any] = json.loads(gzip.decompress(RECORDED.read_bytes()))
+FOR_GPU = [n for n, calls in ON_GPU["cases"].items() if isinstance(calls, list) and not NOT_ON_AN_ABSENT_GPU.search(n)]
+
+
+def compare_for_gpu(name: str) -> None:
+    recorded = [Called(*call) for call in ON_GPU["cases"][name]]
+    with quiet():
+        ours = captured_for_gpu(MENU[name], tuple(ON_GPU["device"]["capability"]))
+    assert not unexpected(name, differences(ours, recorded))
+
+
+@pytest.mark.parametrize("name", FOR_GPU[::5])
+def test_every_few_layers_as_recorded_on_a_gpu(name: str) -> None:
+    compare_for_gpu(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FOR_GPU)
+def test_all_layers_as_recorded_on_a_gpu(name: str) -> None:
+    compare_for_gpu(name)
 
 
 def test_a_difference_is_told() -> None:

@@ -95,7 +95,9 @@ def describe(x: Tensor, weight: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
     directions = 2 if bidirectional else 1
     wide = (projected or hidden) * directions
     steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
-    output = x.new_empty((batch, steps, wide) if batch_first else (steps, batch, wide))
+    output = x.new_empty(steps, batch, wide)
+    if batch_first:
+        output = output.transpose(0, 1)
     hy = hx.new_empty(layers * directions, batch, projected or hidden)
     cy = x.new_empty(0) if cx is None else cx.new_empty(layers * directions, batch, hidden)
     return output, hy, cy, x.new_empty(0, dtype=torch.uint8), _in_one_piece(weight)
@@ -107,6 +109,8 @@ def describe_backward(x: Tensor, weight: list[Tensor], *args: Any) -> tuple[Any,
     piece = weight[0].new_empty(sum(w.numel() for w in weight))
     parts = [part.view(w.shape) for part, w in zip(piece.split([w.numel() for w in weight]), weight, strict=True)]
     of_input = x.new_empty(x.shape) if mask[0] else None
+    if of_input is not None and args[_PLACES["batch_first"] - 2]:
+        of_input = x.new_empty(x.shape[1], x.shape[0], x.shape[2]).transpose(0, 1)
     of_hidden = hx.new_empty(hx.shape) if mask[1] else None
     of_cells = cx.new_empty(cx.shape) if mask[2] and cx is not None else None
     return of_input, of_hidden, of_cells, parts if mask[3] else []
