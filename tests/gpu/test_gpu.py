@@ -49,10 +49,7 @@ def assert_trains_like_the_plain_model(case: Case, budget: float, *, autocast: b
     plain = Autocast(copy.deepcopy(model), "cuda", enabled=autocast)
     optimized = Autocast(planned(built, budget, autocast=autocast, **options), "cuda", enabled=autocast)
     expected = run_step(plain, args, kwargs, case.loss)
-    expected_state = torch.cuda.get_rng_state()
-    torch.cuda.manual_seed(1)
     assert_same_step(run_step(optimized, args, kwargs, case.loss), expected)
-    assert torch.equal(torch.cuda.get_rng_state(), expected_state)
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
