@@ -17,8 +17,9 @@ from pathlib import Path
 from tabulate import tabulate
 
 from benchmarks.frontier_report import Point, Result, Rival, machine_text, read
+from benchmarks.marked import placed
 
-BEGIN, END = "<!-- begin: python -m benchmarks.frontier_summary -->", "<!-- end -->"
+BEGIN = "<!-- begin: python -m benchmarks.frontier_summary -->"
 TOLERANCE = 1.03
 """A ratio of times up to this is noise."""
 LISTED = 3
@@ -148,15 +149,6 @@ def page(results: Sequence[Result], machine: str) -> str:
     return "\n\n".join((title, overview(results, machine), *map(details, results))) + "\n"
 
 
-def placed(text: str, part: str) -> str:
-    """A text with what is between the marks replaced."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"the README has no place for the figures: put {BEGIN} and {END} where they go")
-    return f"{before}{begin}\n\n{part}\n\n{end}{after}"
-
-
 def found_in(folder: Path) -> tuple[list[Result], str]:
     """The results in a folder, in the order of `NAMES`, and what they were taken with."""
     order = list(NAMES)
@@ -177,7 +169,7 @@ def main() -> None:
         raise SystemExit(f"there are no results in {options.results}: run python -m benchmarks.frontier --output there")
     (options.results / "frontier.md").write_text(page(results, machine), encoding="utf-8")
     readme = options.readme.read_text(encoding="utf-8")
-    options.readme.write_text(placed(readme, overview(results, machine)), encoding="utf-8")
+    options.readme.write_text(placed(readme, BEGIN, overview(results, machine)), encoding="utf-8")
 
 
 if __name__ == "__main__":

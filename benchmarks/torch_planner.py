@@ -37,7 +37,7 @@ from fxckpt.core.solvers import solve
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.costs import estimated
-from fxckpt.profile.estimate import DEVICES
+from fxckpt.profile.devices import DEVICES
 
 MODELS = ("gpt12", "bert6", "resnet50", "unet4", "mlp32", "llama12")
 NEAR_ZERO = (0.01, 0.02, 0.03, 0.05)

@@ -10,6 +10,7 @@ __all__ = [
     "FxckptError",
     "InfeasibleBudgetError",
     "InvalidScheduleError",
+    "MeasuringWarning",
     "MissingExtraError",
     "OverBudgetWarning",
     "PlanBypassedWarning",
@@ -37,6 +38,10 @@ class CaptureError(FxckptError, RuntimeError):
 
 class CheckpointingBypassedWarning(UserWarning):
     """The model checkpoints activations itself; an optimized module ignores that and follows its plan."""
+
+
+class MeasuringWarning(UserWarning):
+    """Costs of ops could not be measured or kept, so they are estimated or measured again."""
 
 
 class OverBudgetWarning(UserWarning):

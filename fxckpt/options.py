@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from fxckpt.core.solvers.chain.dp import Effort
-    from fxckpt.profile.estimate import DeviceProfile
+    from fxckpt.profile.devices import DeviceProfile
 
 Budget = str | int | float | None
 """A size such as "8GB", bytes, a fraction of the plain model's peak, or None for what the CUDA device has free."""
@@ -69,9 +69,11 @@ class Options:
         solver_options: further arguments of the solver, such as {"k": 3} for "uniform".
         cost_model: "measure" times the ops on the device, "estimate" computes from FLOPs and bytes, "reference" is a
             fixed device; "auto", the default, measures where ops may be run: in `optimize`, on a real device.
-        cost_cache: a JSON file in which measured costs are kept from one process to the next. Made if it is not there.
-        device: what to estimate times for ("A100", "H100", "RTX 4090", "cpu", or a `DeviceProfile`); by default where
-            the model is, or an A100 for the meta device.
+        cost_cache: where measured costs are kept from one process to the next: in the user's folder of caches ("auto",
+            the default), nowhere ("off"), or in the JSON file of this name, which is made if it is not there.
+        device: what to estimate times for: "H100" or another that the guide lists, "cuda" for the CUDA device at hand,
+            of which some rates are then measured once, "cpu", or a `DeviceProfile`. By default where the model is, or
+            an A100 for the meta device.
         optimizer: its state counts towards the peak. An optimizer, or the name of one in `torch.optim`, such as
             "AdamW", which is then counted for all parameters that require grad.
         reserve: bytes to leave for other things, as a number or a size such as "1GB".
@@ -104,8 +106,11 @@ class Options:
     cost_model: str = field(
         default="auto", metadata=_on_command_line(f"where times come from: {', '.join(get_args(CostModelName))}")
     )
-    cost_cache: str | os.PathLike[str] | None = field(
-        default=None, metadata=_on_command_line("keep measured costs in this JSON file", metavar="FILE")
+    cost_cache: str | os.PathLike[str] = field(
+        default="auto",
+        metadata=_on_command_line(
+            "keep measured costs in this JSON file, or nowhere (off; default: in the user's cache)", metavar="FILE"
+        ),
     )
     device: str | DeviceProfile | None = field(
         default=None,
@@ -162,7 +167,7 @@ class OptimizeOptions(TypedDict, total=False):
     effort: Effort | None
     solver_options: Mapping[str, Any]
     cost_model: str
-    cost_cache: str | os.PathLike[str] | None
+    cost_cache: str | os.PathLike[str]
     device: str | DeviceProfile | None
     optimizer: torch.optim.Optimizer | str | None
     reserve: int | str

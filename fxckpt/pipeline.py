@@ -9,9 +9,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxckpt.capture.joint import JointGraph, capture
+from fxckpt.capture.roles import InputKind
+from fxckpt.capture.structure import take_apart
 from fxckpt.core.decisions import decisions
 from fxckpt.core.graph import Graph, Storage
 from fxckpt.core.plans import Plan
@@ -67,7 +69,9 @@ def profile_step(
         CaptureError: the model can't be captured as one graph.
     """
     joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
-    return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated)
+    arguments, _ = take_apart((tuple(args), kwargs))
+    given = {i.node: arguments[i.index] for i in joint.roles.inputs if i.kind is InputKind.ARGUMENT}
+    return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated, given=given)
 
 
 def profile_of(
@@ -77,6 +81,7 @@ def profile_of(
     *,
     gradients_allocated: bool,
     unused_bytes: int = 0,
+    given: Mapping[fx.Node, torch.Tensor] | None = None,
 ) -> Profile:
     """Attach bytes and times to a captured step.
 
@@ -86,6 +91,7 @@ def profile_of(
         parameters: what an optimizer that is known by name steps.
         gradients_allocated: whether there are gradients to add to.
         unused_bytes: those of parameters and buffers that it does not read [B].
+        given: what its inputs are, as far as they are known.
     """
     costs = cost_model(
         joint,
@@ -93,6 +99,7 @@ def profile_of(
         device=options.device,
         cost_cache=options.cost_cache,
         run_ops=options.run_ops,
+        given=given,
     )
     profile = build(joint, costs)
     if unused_bytes:

@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, each in a thread of its own
+os.environ["FXCKPT_CACHE_DIR"] = ""  # measured costs are kept by tests that are about that, in folders of their own
 
 # How long an example takes depends on who else runs here. A failure prints the line that repeats it.
 hypothesis.settings.register_profile("tests", deadline=None, print_blob=True)

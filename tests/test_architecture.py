@@ -13,6 +13,7 @@ import networkx as nx
 import pytest
 
 import fxckpt
+from tests.support.absent import run_without
 
 ROOT = Path(fxckpt.__file__).parent
 MODULES = sorted(p.relative_to(ROOT) for p in ROOT.rglob("*.py"))
@@ -143,15 +144,7 @@ def test_the_core_imports_no_torch() -> None:
                 assert not [name for name in names if name.split(".")[0] in ("torch", "transformers")], module
 
 
-BLOCKER = """
-import sys
-
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers"):
-            raise ModuleNotFoundError(f"{name} is absent here")
-
-sys.meta_path.insert(0, Absent())
+IMPORT_EACH = """
 import importlib
 for name in sys.argv[1:]:
     importlib.import_module(name)
@@ -164,8 +157,7 @@ def test_the_core_works_without_torch() -> None:
         f"fxckpt.{name}" for name in sorted(NAMES) if part(name) in ("core", "errors", "units", "calls", "options")
     ]
     assert len(names) > 40
-    done = subprocess.run([sys.executable, "-c", BLOCKER, *names], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_without(("torch", "transformers"), IMPORT_EACH, *names)
 
 
 def test_importing_the_package_is_lazy() -> None:

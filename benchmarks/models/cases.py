@@ -54,9 +54,10 @@ class Case:
     make: Callable[[], tuple[nn.Module, Arguments]]
     loss: Callable[[Any], Tensor] = project
 
-    def build(self) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    def build(self, device: str = "cpu") -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
         torch.manual_seed(0)
-        model, (args, kwargs) = self.make()
+        with torch.device(device):
+            model, (args, kwargs) = self.make()
         return model.train(), args, kwargs
 
     def __repr__(self) -> str:

@@ -40,8 +40,14 @@ def run_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], lo
         gradients={name: _copy(p.grad) for name, p in model.named_parameters()},
         input_gradients=tuple(_copy(x.grad) for x in inputs),
         buffers={name: buffer.clone() for name, buffer in model.named_buffers()},
-        random_state=torch.get_rng_state(),
+        random_state=_random_state(),
     )
+
+
+def _random_state() -> Tensor:
+    """The states of all generators in use, one after another."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ()
+    return torch.cat([torch.get_rng_state(), *on_gpus])
 
 
 def _copy(x: Tensor | None) -> Tensor | None:
@@ -84,7 +90,7 @@ def assert_same_step(found: Step, expected: Step) -> None:
 def measured_peak_bytes(model: nn.Module, case: Case, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The most bytes that one step allocates at any time, beside what is there before it [B]."""
     torch.manual_seed(7)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as measured:
         outputs = model(*args, **kwargs)
         case.loss(outputs).backward()
     events = [e for e in measured.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -35,6 +35,9 @@ PRODUCTS = [
     aten.baddbmm.default,
     aten.convolution.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
 ]
 """What selective checkpointing keeps: results of matrix products, convolutions and attention."""
 
@@ -81,6 +84,17 @@ class Compiled:
 
         counted._boxed_call = True  # type: ignore[attr-defined]
         return counted
+
+
+def fused(model: Forward, budget: float) -> Forward:
+    """A model under `torch.compile` as users call it, with Inductor, and a setting of `activation_memory_budget`."""
+    compiled = torch.compile(model, dynamic=False)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with functorch_config.patch(activation_memory_budget=budget):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def applied(case: Case, apply: Callable[[nn.Module], Forward]) -> TrainingStep:

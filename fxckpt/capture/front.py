@@ -106,6 +106,11 @@ class Lifted:
         """The graph's outputs for all its inputs, computed as eager computes them."""
         return self._module.forward(*inputs)
 
+    def by_node(self, joint: JointGraph, inputs: Sequence[torch.Tensor]) -> dict[fx.Node, torch.Tensor]:
+        """The inputs of Dynamo's graph by the inputs of the captured one."""
+        roles = joint.roles.inputs
+        return {role.node: inputs[i] for role, i in zip(roles, self.order(roles), strict=True)}
+
     def order(self, inputs: Sequence[Input]) -> tuple[int, ...]:
         """For each input of the captured graph the index of Dynamo's input that it is."""
         places = {given: index for index, given in enumerate(self.given)}

@@ -102,8 +102,9 @@ def of_nodes(graph: fx.Graph) -> dict[fx.Node, tuple[str, str]]:
         is_backward = node.meta.get("partitioner_tag") == "is_backward"
         if place != ("", "") and not is_backward:
             by_sequence[sequence] = place
-        if "Gradient addition" in node.meta.get("stack_trace", ""):  # it carries no sequence number of its own
-            place = places.get(node.all_input_nodes[-1], place)
+        inputs = node.all_input_nodes
+        if inputs and "Gradient addition" in node.meta.get("stack_trace", ""):  # it has no sequence number of its own
+            place = places.get(inputs[-1], place)
         elif is_backward:
             place = by_sequence.get(sequence, place)
         places[node] = place

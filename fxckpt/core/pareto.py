@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tabulate import tabulate
-
 from fxckpt.core.graph import Graph
 from fxckpt.core.plans import Plan
 from fxckpt.core.report.plot import plot_curve
@@ -174,6 +172,8 @@ class Pareto:
         )
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that planning does without it
+
         knee, baseline = self.knee(), self.baseline
         plans = self.plans[:: -(-len(self.plans) // _SHOWN)]
         shown = sorted({plan.budget_bytes: plan for plan in (*plans, knee, self.plans[-1])}.items())

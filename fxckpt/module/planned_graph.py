@@ -139,9 +139,14 @@ class PlannedGraph:
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents)
         parameters = [inputs[i] for i in self._parameter_places]
-        unused_bytes = self._lifted.unused_bytes
-        options = self._planning.options
-        return profile_of(joint, options, parameters, gradients_allocated=key[0], unused_bytes=unused_bytes)
+        return profile_of(
+            joint,
+            self._planning.options,
+            parameters,
+            gradients_allocated=key[0],
+            unused_bytes=self._lifted.unused_bytes,
+            given=self._lifted.by_node(joint, inputs),
+        )
 
     def _compile(self, key: _Key, profile: Profile, *, other_outputs: bool = False) -> Compiled:
         hooked = self._hooked(profile, key)

@@ -53,7 +53,12 @@ def profile_call(
             parameters, unused_bytes = model.parameters(), lifted.unused_bytes
             raise _Profiled(
                 profile_of(
-                    joint, options, parameters, gradients_allocated=gradients_allocated, unused_bytes=unused_bytes
+                    joint,
+                    options,
+                    parameters,
+                    gradients_allocated=gradients_allocated,
+                    unused_bytes=unused_bytes,
+                    given=lifted.by_node(joint, inputs),
                 )
             )
 

@@ -49,6 +49,7 @@ class Route:
         self.function = function
         self.front = Front(function, model, planning)
         self._model, self._planning, self._bypasses, self._otherwise = model, planning, bypasses, otherwise
+        self._note_compiled = _noting_compiled(bypasses)
 
     def called(self, *args: Any, **kwargs: Any) -> Any:
         """`call`, as functions are called."""
@@ -59,7 +60,7 @@ class Route:
         if not torch.is_grad_enabled():
             return self.function(*args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
-            _note_compiled(self._bypasses)
+            self._note_compiled()
             return self.function(*args, **kwargs)
         tracer = tracer_at_work()
         if tracer is not None:
@@ -110,9 +111,13 @@ class Route:
         return result
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _note_compiled(bypasses: Bypasses) -> bool:
-    """Called once, while Dynamo traces the code around."""
-    if not traced_for_plan():
-        bypasses.say("the module was compiled by torch.compile", stacklevel=3)
-    return True
+def _noting_compiled(bypasses: Bypasses) -> Callable[[], bool]:
+    """What is called once, while Dynamo traces the code around. It has no arguments: Dynamo 2.11 takes only constants."""
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def note() -> bool:
+        if not traced_for_plan():
+            bypasses.say("the module was compiled by torch.compile", stacklevel=3)
+        return True
+
+    return note

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from torch import fx
 
 from fxckpt.capture.joint import JointGraph
 from fxckpt.errors import BudgetError
-from fxckpt.profile import measure
+from fxckpt.profile import cost_cache as files
 from fxckpt.profile.build import CostModel, OpCost, working_nodes
-from fxckpt.profile.estimate import DEVICES, DeviceProfile, estimate_us
+from fxckpt.profile.devices import DEVICES, DeviceProfile, named, of_driver
+from fxckpt.profile.estimate import estimate_us
+from fxckpt.profile.known import kept
+from fxckpt.profile.measure import correct_private, measured
 
 
 def cost_model(
@@ -18,8 +24,9 @@ def cost_model(
     name: str = "auto",
     *,
     device: str | DeviceProfile | None = None,
-    cost_cache: str | os.PathLike[str] | None = None,
+    cost_cache: str | os.PathLike[str] = "auto",
     run_ops: bool = True,
+    given: Mapping[fx.Node, torch.Tensor] | None = None,
 ) -> CostModel:
     """What the ops of a step cost; workspaces are measured wherever ops may be run.
 
@@ -27,12 +34,13 @@ def cost_model(
         joint: the captured step.
         name: "auto", "estimate", "measure" or "reference".
         device: what to estimate times for, if not the device that the model is on.
-        cost_cache: file of measured costs.
+        cost_cache: file of measured costs; "auto" for the user's, "off" for none.
         run_ops: whether ops may be run; on the meta device none can.
+        given: what inputs of the captured graph really are, as far as they are known.
 
     Raises:
         BudgetError: ops are to be run but can't be, or there is no device of the name given.
-        CostCacheError: the file of measured costs is damaged, or can't be read or written.
+        CostCacheError: the file of measured costs that was named is damaged, or can't be read or written.
     """
     runs = run_ops and joint.device.type != "meta"
     name = name_on(joint.device, name, run_ops=run_ops)
@@ -40,22 +48,19 @@ def cost_model(
         raise BudgetError(
             'cost_model="measure" runs the ops, but the model is on the meta device: use cost_model="estimate"'
         )
-    if cost_cache is not None and not runs:
+    if cost_cache not in ("auto", "off") and not runs:
         raise BudgetError(
             "cost_cache keeps what was measured, but here no op is run: "
             'use cost_model="measure" on a real device, or leave it out'
         )
+    file = files.default_file() if cost_cache == "auto" else None if cost_cache == "off" else Path(cost_cache)
     estimate = estimated(DEVICES["reference"] if name == "reference" else device_profile(joint.device, device))
     if not runs:
         return estimate
     nodes = working_nodes(joint)
-    measure.measure_private(nodes)
-    with measure.cost_file(cost_cache, nodes):
-        measure.measure_workspaces(nodes)
-        if name != "measure":
-            return measure.with_workspaces(estimate)
-        measure.measure_times(nodes, estimate)
-        return measure.measured
+    correct_private(nodes, given)
+    with kept(file, nodes, default=cost_cache == "auto"):
+        return measured(nodes, estimate, times=name == "measure", given=given)
 
 
 def name_on(device: torch.device, name: str, *, run_ops: bool) -> str:
@@ -79,12 +84,12 @@ def device_profile(device: torch.device, wanted: str | DeviceProfile | None) -> 
     if isinstance(wanted, DeviceProfile):
         return wanted
     if wanted is not None:
-        if wanted not in DEVICES:
+        profile = named(wanted)
+        if profile is None:
             raise BudgetError(
                 f"there is no device {wanted!r}; choose one of {', '.join(DEVICES)}, or give a DeviceProfile"
             )
-        return DEVICES[wanted]
+        return profile
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((profile for key, profile in DEVICES.items() if key in name), DEVICES["A100"])
+        return of_driver(torch.cuda.get_device_name(device)) or DEVICES["A100"]
     return DEVICES["A100" if device.type == "meta" else "cpu"]

@@ -1,10 +1,12 @@
-"""Buffers in a private format, which recurrent kernels hand to their backward: how large they are shows in a run only.
+"""Buffers in a private format, which kernels such as recurrent ones and cuDNN's batch norm hand to their backward: how
+large they are shows in a run only.
 
 Traced, such a buffer is empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,33 +14,35 @@ from torch import fx
 
 from fxckpt.capture.nodes import is_selection, value
 
-_PRIVATE = ("_rnn_layer", "_cudnn_rnn", "_miopen_rnn")
+Sizes = tuple[torch.Size | None, ...]
+"""Of each output of an op; None for those that are no tensors."""
 
 
 def is_producer(node: fx.Node) -> bool:
-    """Whether an op is a recurrent kernel that writes such a buffer."""
-    name = str(node.target)
-    return any(part in name for part in _PRIVATE) and "backward" not in name
+    """Whether an op is traced to hand out an empty buffer of bytes beside other results."""
+    made = value(node)
+    return isinstance(made, (tuple, list)) and any(map(_is_empty, made[1:]))
 
 
-def producer(source: fx.Node) -> fx.Node | None:
-    """The recurrent op whose private buffer a node picks, or None for other nodes. Made-up contents crash backward."""
-    if not is_selection(source) or value(source).dtype is not torch.uint8:
-        return None
-    node = source.all_input_nodes[0]
-    return node if is_producer(node) else None
+def sizes_of(outputs: Sequence[Any]) -> Sizes:
+    """The sizes of an op's real outputs."""
+    return tuple(x.shape if isinstance(x, torch.Tensor) else None for x in outputs)
 
 
-def correct_sizes(node: fx.Node, outputs: Any) -> None:
-    """Let the traced outputs of a recurrent op have the sizes of real `outputs`."""
-    picked = {user.args[1]: user for user in node.users if producer(user) is node}
+def correct_sizes(node: fx.Node, sizes: Sizes) -> None:
+    """Let the empty buffers among the traced results of an op have the sizes of the real ones."""
+    picked = {user.args[1]: user for user in node.users if is_selection(user)}
     corrected = []
-    for position, (traced, real) in enumerate(zip(value(node), outputs, strict=True)):
+    for position, (traced, size) in enumerate(zip(value(node), sizes, strict=True)):
         right = traced
-        if isinstance(traced, torch.Tensor) and traced.numel() == 0 < real.numel():
-            with traced.fake_mode:  # type: ignore[attr-defined]
-                right = traced.new_empty(real.shape, dtype=real.dtype)
+        if position and _is_empty(traced) and size is not None and size.numel():
+            with traced.fake_mode:
+                right = traced.new_empty(size)
             if position in picked:
                 picked[position].meta["val"] = right
         corrected.append(right)
     node.meta["val"] = tuple(corrected)
+
+
+def _is_empty(traced: Any) -> bool:
+    return isinstance(traced, torch.Tensor) and traced.dtype is torch.uint8 and traced.numel() == 0

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fxckpt.errors import FxckptError, UnguardedCaptureWarning
-from fxckpt.profile.estimate import CPU_ATTENTION_FLOPS
+from fxckpt.profile.estimate import ATTENTION_FLOPS
 from fxckpt.steps.step import Measurement, TrainingStep, measurement_of, timed_in_turn
 from fxckpt.units import format_bytes, format_us
 
@@ -76,6 +75,8 @@ class Comparison:
         return json.dumps({"fxckpt_comparison": 1, **figures}, indent=1, allow_nan=False)
 
     def __str__(self) -> str:
+        from tabulate import tabulate  # here, so that measuring does without it
+
         plain, ours = self.plain, self.optimized
         rows = [
             ["peak memory", format_bytes(plain.peak_bytes), format_bytes(ours.peak_bytes), f"{self.peak_ratio:.3f}"],
@@ -129,7 +130,7 @@ def gradients_of(step: TrainingStep) -> list[Tensor | None]:
 
 def flops_of(step: TrainingStep) -> int:
     """FLOPs of the matrix products, convolutions and attention that a step really runs."""
-    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION_FLOPS)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
     with step.without_trace(), warnings.catch_warnings(), counter:
         # The counter hangs hooks on modules, which Dynamo can't trace: for its one step the model is captured without.
         warnings.simplefilter("ignore", UnguardedCaptureWarning)

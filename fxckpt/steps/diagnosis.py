@@ -20,6 +20,7 @@ from fxckpt.rewrite.emitted import Emitted, deliver
 from fxckpt.runtime.autograd import Program
 from fxckpt.upstream import pytree
 from fxckpt.upstream.dispatch import TorchDispatchMode, plain_execution
+from fxckpt.upstream.generators import draws_undone
 
 Digest = tuple[bytes, ...]
 """Fingerprints of the tensors that an op returns."""
@@ -39,8 +40,8 @@ def first_difference(
     optimized_step(replace(compiled.program, executable=_Recorded(compiled.program.executable, emitted.note)))
     captured = _Record()
     placeholders = [n for n in compiled.profile.joint.module.graph.nodes if n.op == "placeholder"]
-    with torch.random.fork_rng(), plain_execution():
-        given = [emitted.given.get(node) for node in placeholders]
+    given = [emitted.given.get(node) for node in placeholders]
+    with draws_undone(x.device for x in given if isinstance(x, torch.Tensor)), plain_execution():
         list(_run(compiled.profile.joint.module, given, captured.note))
     results = dict(captured.results)
     for node, digest in emitted.results:

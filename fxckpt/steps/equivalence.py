@@ -23,6 +23,7 @@ from fxckpt.errors import VerificationError
 from fxckpt.pipeline import Compiled
 from fxckpt.runtime.autograd import BackwardFor, Program, run_forward
 from fxckpt.steps.diagnosis import first_difference
+from fxckpt.upstream.generators import draws_undone, random_states
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.tensors import copies
 
@@ -130,7 +131,8 @@ def _step(model: nn.Module, tensors: Sequence[torch.Tensor], forward: Forward, e
     Backward runs in this thread, which holds locks that what it calls may need.
     """
     here = torch.autograd.set_multithreading_enabled(False)
-    with torch.random.fork_rng(), _random_forked(), torch.enable_grad(), here:
+    devices = {x.device for x in (*model.parameters(), *model.buffers(), *tensors)}
+    with draws_undone(devices), _random_forked(), torch.enable_grad(), here:
         twin, given = _copy(model), copies(tensors)
         try:
             outputs = forward(twin, given)
@@ -146,7 +148,7 @@ def _step(model: nn.Module, tensors: Sequence[torch.Tensor], forward: Forward, e
         left |= {f"gradient of input {i}": x.grad for i, x in enumerate(given) if x.is_leaf}
         left |= {f"buffer {name}": buffer.detach() for name, buffer in twin.named_buffers()}
         left |= {f"input {i}": x.detach() for i, x in enumerate(given)}
-        left["random-number state"] = torch.get_rng_state()
+        left |= {f"random-number state of {name}": state for name, state in random_states(devices).items()}
         return left
 
 

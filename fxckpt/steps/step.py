@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fxckpt.capture.structure import take_apart
 from fxckpt.errors import FxckptError
 from fxckpt.upstream.allocator import peak_allocated_bytes
+from fxckpt.upstream.generators import draws_undone
 from fxckpt.upstream.tensors import device_of, memory_bytes
 
 _RUNS = 5
@@ -90,16 +91,15 @@ class TrainingStep:
     def _inputs(self) -> tuple[Tensor, ...]:
         return tuple(take_apart((self.args, self.kwargs))[0])
 
+    @property
+    def _held(self) -> tuple[Tensor, ...]:
+        """What is there before the step, gradients aside."""
+        return (*self.model.parameters(), *self.model.buffers(), *self._inputs)
+
     def resident_bytes(self) -> int:
         """Bytes of what is there before the step: parameters, buffers, inputs, gradients held already [B]."""
         gradients = (leaf.grad for leaf in self.leaves)
-        held = [
-            *self.model.parameters(),
-            *self.model.buffers(),
-            *self._inputs,
-            *(g for g in gradients if g is not None),
-        ]
-        return memory_bytes(held)
+        return memory_bytes((*self._held, *(g for g in gradients if g is not None)))
 
     def allocated_bytes(self) -> int:
         """The most bytes in use during a step above those before it [B]."""
@@ -113,7 +113,7 @@ class TrainingStep:
         gradients = [(leaf, leaf.grad) for leaf in self.leaves]
         values = [None if gradient is None else gradient.clone() for _, gradient in gradients]
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with draws_undone(x.device for x in self._held), torch.enable_grad():
                 yield
         finally:
             with torch.no_grad():

@@ -40,6 +40,7 @@ from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
 from fxckpt.upstream.patching import seen_here
 from fxckpt.upstream.strides import right_views
+from fxckpt.upstream.versions import truth_replaced
 
 _TRANSLATORS = (
     convert.InstructionTranslator,
@@ -100,7 +101,7 @@ def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]
             enter(mock.patch.object(kind, "dispatch_table", table))
         enter(right_views())
         enter(mock.patch.object(builder.VariableBuilder, "wrap_symfloat", _float(floats)))
-        enter(mock.patch.object(TensorVariable, "bool_impl", _truth(TensorVariable.bool_impl)))
+        enter(truth_replaced(_truth))
         enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
         enter(mock.patch.object(TensorVariable, "unpack_var_sequence", _unbound(TensorVariable.unpack_var_sequence)))
         enter(_calls(seen, compiled))

@@ -44,6 +44,12 @@ __all__ = [
 ]
 
 
+_SETTINGS: dict[str, Any] = {
+    "backward_pass_autocast": "off",
+    "guess_tangent_strides_as_outputs": True,  # what later versions do unasked
+}
+
+
 @contextlib.contextmanager
 def exported(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[fx.GraphModule, Any]]:
     """The joint graph of a module's forward and backward, and AOTAutograd's metadata of the forward.
@@ -52,7 +58,7 @@ def exported(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[tup
     would turn the cache off, and gradients would then be added up in the lower precision.
     """
     with (
-        config.patch(backward_pass_autocast="off"),  # in this thread only
+        config.patch(_SETTINGS),  # in this thread only
         function_replaced(disable_autocast_cache, just_yield),
         contextlib.ExitStack() as stack,
     ):

@@ -16,6 +16,7 @@ from torch.utils import checkpoint
 
 from fxckpt.errors import CheckpointingBypassedWarning
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
+from fxckpt.upstream.versions import checkpoint_generator
 
 
 @contextlib.contextmanager
@@ -37,7 +38,7 @@ def checkpointing_bypassed() -> Iterator[None]:
             return function(*args)
 
     with (
-        function_replaced(checkpoint._checkpoint_without_reentrant_generator, around),
+        function_replaced(checkpoint_generator(), around),
         attribute_replaced(checkpoint.CheckpointFunction, "apply", staticmethod(apply)),
     ):
         yield

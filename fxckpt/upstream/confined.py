@@ -17,18 +17,19 @@ from torch.fx import _symbolic_trace, traceback
 
 from fxckpt.upstream.generators import never_put_back
 from fxckpt.upstream.patching import attribute_replaced, function_replaced, state_apart
+from fxckpt.upstream.versions import fx_tracing_apart, old_stacks_forgotten
 from fxckpt.upstream.warned import warnings_ignored
 
 
 @contextlib.contextmanager
 def tracing_confined() -> Iterator[None]:
     """AOTAutograd traces within without other threads noticing."""
-    tells = (_symbolic_trace.Tracer.trace, _symbolic_trace.is_fx_tracing, _symbolic_trace.is_fx_symbolic_tracing)
     with (
         warnings_ignored(),
         never_put_back(),
         state_apart(traceback, "current_meta", "should_preserve_node_meta"),
-        state_apart(_symbolic_trace, "_is_fx_tracing_flag", functions=tells),
+        old_stacks_forgotten(),
+        fx_tracing_apart(),
         function_replaced(_symbolic_trace._new_patcher, _patching_nothing),
         function_replaced(mock.patch, _patching_here),
         attribute_replaced(torch.autograd, "detect_anomaly", _not_watched),

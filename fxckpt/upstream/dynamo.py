@@ -20,11 +20,13 @@ import torch
 from torch import fx
 from torch._dynamo import config, convert_frame, eval_frame, exc
 from torch.distributions import Distribution
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from fxckpt.errors import FxckptError
 from fxckpt.upstream.answers import Seen, answers
 from fxckpt.upstream.floats import Floats, is_exact
+from fxckpt.upstream.versions import APART
 
 _SETTINGS: dict[str, Any] = {
     "accumulated_recompile_limit": sys.maxsize,
@@ -41,6 +43,10 @@ _SETTINGS: dict[str, Any] = {
     "trace_autograd_ops": True,
     "use_numpy_random_stream": True,  # numpy's draws are numpy's: they are refused rather than made torch's
 }
+
+
+_FAILURES = (exc.TorchDynamoException, GuardOnDataDependentSymNode, AssertionError, IndexError)
+"""What Dynamo raises where it can't go on, or where it has a fault itself: it lets some pass that its own code raised."""
 
 
 class NotTraced(Exception):  # noqa: N818 - caught, and answered by another way to capture
@@ -107,7 +113,7 @@ class Traced:
         backend, note_failure = _weakly(self, Traced._graph), _weakly(self, Traced._note_failure)
         with _validation_kept():
             context: Any = torch._dynamo.optimize(
-                backend, nopython=one_graph, dynamic=False, isolate_recompiles=True, guard_fail_fn=note_failure
+                backend, nopython=one_graph, dynamic=False, guard_fail_fn=note_failure, **APART
             )
         context.callback = _Callback(context.callback, self._floats, _weakly(self, Traced._begin))
         self._call = context(owner)
@@ -258,7 +264,7 @@ class _Callback:
                     self._begin(seen)
                     try:
                         return self._convert(frame, cache_entry, frame_state)
-                    except exc.TorchDynamoException as error:
+                    except _FAILURES as error:
                         inner = getattr(error, "inner_exception", None)
                         if isinstance(inner, FxckptError):
                             raise inner from None

@@ -6,13 +6,14 @@ So their state is not put back at the end of something, but only if this thread 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch._dynamo.utils import preserve_rng_state
 
 from fxckpt.upstream.dispatch import TorchDispatchMode
+from fxckpt.upstream.ops.rng import rng_state, set_rng_state
 from fxckpt.upstream.patching import function_replaced, just_yield
 
 _MOVE: tuple[Callable[..., Any], ...] = (
@@ -54,6 +55,26 @@ def never_put_back() -> Iterator[None]:
     """Torch's own tracing does not put the states of generators back as they were when it began."""
     with function_replaced(preserve_rng_state, just_yield):
         yield
+
+
+def random_states(devices: Iterable[torch.device]) -> dict[str, torch.Tensor]:
+    """States of the default generators of the CPU and of some devices, by name."""
+    names = sorted({str(device) for device in devices if device.type not in ("cpu", "meta")})
+    return {name: rng_state(name) for name in ("cpu", *names)}
+
+
+@contextlib.contextmanager
+def draws_undone(devices: Iterable[torch.device]) -> Iterator[None]:
+    """The default generators of the CPU and of some devices are afterwards as they were.
+
+    Others are left alone: `torch.random.fork_rng` without devices touches those of all GPUs.
+    """
+    states = random_states(devices)
+    try:
+        yield
+    finally:
+        for name, state in states.items():
+            set_rng_state(state, name)
 
 
 def _states() -> list[torch.Tensor]:

@@ -15,8 +15,8 @@ from fxckpt.upstream.patching import attribute_replaced
 
 __all__ = [
     "ASSERT_ASYNC",
-    "ATTENTION_ON_CPU",
-    "ATTENTION_ON_CPU_BACKWARD",
+    "ATTENTION",
+    "ATTENTION_BACKWARD",
     "CHECK_ERRORS",
     "MEAN",
     "NO_REDUCTION",
@@ -40,9 +40,16 @@ CHECK_ERRORS: OpOverload = aten._linalg_check_errors.default
 """Raises an error if a matrix could not be decomposed."""
 UNSAFE_VIEW: OpOverload = aten._unsafe_view.default
 """A view that autograd does not know as one."""
-ATTENTION_ON_CPU = aten._scaled_dot_product_flash_attention_for_cpu
-ATTENTION_ON_CPU_BACKWARD = aten._scaled_dot_product_flash_attention_for_cpu_backward
-"""The fused kernels of attention on CPU."""
+ATTENTION: tuple[Any, ...] = (
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_fused_attention_overrideable,
+)
+"""The fused kernels of attention, on CPU and on GPUs: of queries, keys, values and more."""
+ATTENTION_BACKWARD: tuple[Any, ...] = tuple(getattr(aten, f"{kernel.__name__}_backward") for kernel in ATTENTION)
+"""Their backwards: of the result's gradient, queries, keys, values and more."""
 
 NO_REDUCTION, MEAN = _reduction.get_enum("none"), _reduction.get_enum("mean")
 """Arguments by which losses are told what to do with their terms."""

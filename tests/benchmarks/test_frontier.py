@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.frontier_report import Point, Result, Rival, read, write
-from benchmarks.frontier_summary import BEGIN, END, details, found_in, overview, page, placed
+from benchmarks.frontier_summary import BEGIN, details, found_in, overview, page
+from benchmarks.marked import END, placed
 from fxckpt.core.simulate import Figures
 from fxckpt.steps.comparison import Ratio
 
@@ -109,15 +110,15 @@ def test_models_stand_in_the_usual_order(tmp_path: Path) -> None:
 
 def test_the_readme_keeps_all_but_what_is_between_the_marks() -> None:
     text = f"a\n{BEGIN}\nold\n{END}\nb"
-    assert placed(text, "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb"
-    assert placed(placed(text, "new"), "new") == placed(text, "new")
+    assert placed(text, BEGIN, "new") == f"a\n{BEGIN}\n\nnew\n\n{END}\nb"
+    assert placed(placed(text, BEGIN, "new"), BEGIN, "new") == placed(text, BEGIN, "new")
     with pytest.raises(SystemExit, match="no place"):
-        placed("a", "new")
+        placed("a", BEGIN, "new")
 
 
 def test_readme_and_page_are_those_of_the_committed_results() -> None:
     folder = ROOT / "benchmarks" / "results"
     results, machine = found_in(folder)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert placed(readme, overview(results, machine) if results else "") == readme
+    assert placed(readme, BEGIN, overview(results, machine) if results else "") == readme
     assert not results or (folder / "frontier.md").read_text(encoding="utf-8") == page(results, machine)

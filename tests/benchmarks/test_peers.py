@@ -14,7 +14,7 @@ from fxckpt.capture.joint import capture
 from fxckpt.core.schedule import plain
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.costs import estimated
-from fxckpt.profile.estimate import DEVICES
+from fxckpt.profile.devices import DEVICES
 from fxckpt.steps.comparison import gradients_of, largest_difference
 
 WITH_PYTREE_WARNING = pytest.mark.filterwarnings("ignore:.isinstance.treespec:FutureWarning")

@@ -8,29 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 lightning = pytest.importorskip("lightning")
 
 import fxckpt
 from fxckpt.api import plan_of
+from tests.integrations.models import Classifier
 from tests.integrations.support import Recorder, Trained, assert_same_training, assert_within, planned
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("default")]
-
-
-class Net(nn.Module):
-    """Classifies; its loss is its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers = (
-            layer for _ in range(6) for layer in (nn.Linear(32, 32), nn.BatchNorm1d(32), nn.GELU(), nn.Dropout(0.1))
-        )
-        self.layers = nn.Sequential(*layers, nn.Linear(32, 4))
-
-    def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(self.layers(inputs), labels)
 
 
 class Task(lightning.LightningModule):  # type: ignore[misc, name-defined]
@@ -77,7 +63,11 @@ class Manual(Task):
 
 def build(budget: float | None) -> nn.Module:
     torch.manual_seed(0)
-    return Net() if budget is None else fxckpt.optimize(Net(), budget, effort="fast")
+    return (
+        Classifier(nn.BatchNorm1d)
+        if budget is None
+        else fxckpt.optimize(Classifier(nn.BatchNorm1d), budget, effort="fast")
+    )
 
 
 def batches() -> Any:

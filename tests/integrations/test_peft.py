@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -14,27 +14,12 @@ peft = pytest.importorskip("peft")
 
 import fxckpt
 from fxckpt.api import plan_of
+from tests.integrations.models import VOCABULARY, gpt2, llama
 from tests.integrations.support import assert_same_training, assert_within, check, planned, train
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("default")]
 
-VOCABULARY, LENGTH = 64, 40
-
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    model: nn.Module = transformers.GPT2LMHeadModel(config)
-    return model
-
-
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
-    return model
+LENGTH = 40
 
 
 CONFIGS = {

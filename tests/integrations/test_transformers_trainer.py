@@ -18,27 +18,12 @@ transformers = pytest.importorskip("transformers")
 import fxckpt
 from fxckpt.api import plan_of
 from fxckpt.errors import CheckpointingBypassedWarning
+from tests.integrations.models import VOCABULARY, gpt2, llama
 from tests.integrations.support import Recorder, Trained, assert_same_training, assert_within, planned
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("default")]
 
-LENGTH, VOCABULARY = 48, 64
-
-
-def gpt2() -> nn.Module:
-    config = transformers.GPT2Config(
-        vocab_size=VOCABULARY, n_positions=LENGTH, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
-    )
-    model: nn.Module = transformers.GPT2LMHeadModel(config)
-    return model
-
-
-def llama() -> nn.Module:
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
-    )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
-    return model
+LENGTH = 48
 
 
 class Rows(torch.utils.data.Dataset[dict[str, Any]]):

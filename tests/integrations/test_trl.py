@@ -20,6 +20,7 @@ tokenizers = pytest.importorskip("tokenizers")
 
 import fxckpt
 from fxckpt.errors import PlanBypassedWarning
+from tests.integrations import models
 from tests.integrations.support import Recorder, Trained, assert_same_training, planned
 
 pytestmark = [pytest.mark.integrations, pytest.mark.filterwarnings("default")]
@@ -45,18 +46,7 @@ def text(seed: int, length: int = LENGTH) -> str:
 
 def llama() -> nn.Module:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-    )
-    model: nn.Module = transformers.LlamaForCausalLM(config)
-    return model
+    return models.llama(pad_token_id=0, bos_token_id=1, eos_token_id=1)
 
 
 def arguments(folder: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from fxckpt.errors import OverBudgetWarning
 from fxckpt.module.stand_in import planner_of
 from fxckpt.pipeline import Compiled
 from fxckpt.upstream.allocator import peak_allocated_bytes
+from tests.support.warned import LOSS_OUTSIDE, no_other_warning
 
 MIB = 2**20
 SLACK_BYTES = 64 * 1024
@@ -28,7 +29,7 @@ SLACK_BYTES = 64 * 1024
 StepOf = Callable[..., Any]
 
 
-pytestmark = pytest.mark.filterwarnings("ignore:a loss that is computed outside:fxckpt.errors.OverBudgetWarning")
+pytestmark = pytest.mark.filterwarnings(LOSS_OUTSIDE)
 
 
 def tower(width: int = 64, layers: int = 12, seed: int = 0) -> nn.Module:
@@ -197,9 +198,7 @@ def test_a_budget_that_the_step_can_not_keep_is_said_once() -> None:
     with pytest.warns(OverBudgetWarning, match=r"take .* together, .* over the budget"):
         triplet(ours, *inputs)  # planned together now
     ours.zero_grad(set_to_none=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "a loss that is computed outside")  # theirs take little
+    with no_other_warning():
         triplet(ours, *inputs)
 
 
@@ -208,9 +207,7 @@ def test_a_forward_that_is_dropped_holds_nothing() -> None:
     ours = fxckpt.optimize(model, 0.5, cost_model="reference", effort="fast")
     ours(a)  # no backward
     gc.collect()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "a loss that is computed outside")  # theirs take little
+    with no_other_warning():
         for x in (b, a):
             small(ours(x))[0].backward()
 
@@ -231,9 +228,7 @@ def test_a_failed_forward_holds_nothing() -> None:
     small(ours(a))[0].backward()
     with pytest.raises(ValueError, match="nothing there"):
         ours(torch.zeros_like(a))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "a loss that is computed outside")  # theirs take little
+    with no_other_warning():
         small(ours(a))[0].backward()
 
 

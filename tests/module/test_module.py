@@ -568,6 +568,24 @@ def test_an_exception_during_capture_leaves_the_model_as_it_was(error: BaseExcep
     check(model, X)
 
 
+class OutOfRange(Picky):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).unbind(5)[0]  # no such dim
+
+
+class Asserts(Picky):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] == 7, "seven of them"
+        return self.layer(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("make", "line"), [(OutOfRange, r"unbind\(5\)"), (Asserts, "assert x.shape")])
+@pytest.mark.works("errors", "a fault of forward's is told with its line")
+def test_a_fault_of_forward_is_told_with_its_line(make: type[nn.Module], line: str) -> None:
+    with pytest.raises(CaptureError, match=line):
+        fxckpt.optimize(make(), "1GB", example_inputs=(X,))
+
+
 # Budgets, solvers, plans
 
 

@@ -25,8 +25,9 @@ from fxckpt.core.solvers import SOLVERS, solve
 from fxckpt.errors import InfeasibleBudgetError
 from fxckpt.module.stand_in import planner_of
 from tests.support.captured import CapturedOnce
+from tests.support.warned import LOSS_OUTSIDE
 
-pytestmark = pytest.mark.filterwarnings("ignore:a loss that is computed outside:fxckpt.errors.OverBudgetWarning")
+pytestmark = pytest.mark.filterwarnings(LOSS_OUTSIDE)
 
 MIB = 2**20
 TOLERANCE = 0.01

@@ -18,6 +18,7 @@ from fxckpt.cli.main import main
 from fxckpt.errors import BudgetError, CaptureError, FxckptError, InfeasibleBudgetError, SolverError
 from fxckpt.steps.comparison import Ratio, compare, flops_of, gradients_of, largest_difference
 from fxckpt.steps.step import TrainingStep, timed_in_turn
+from tests.support.warned import LOSS_OUTSIDE
 
 X = torch.randn(64, 32)
 
@@ -81,7 +82,7 @@ def test_wrong_options_are_refused_before_anything_is_captured(
         function(nn.Module(), *budget, **options)  # a module without forward
 
 
-@pytest.mark.filterwarnings("ignore:a loss that is computed outside:fxckpt.errors.OverBudgetWarning")
+@pytest.mark.filterwarnings(LOSS_OUTSIDE)
 def test_the_curve_of_a_model_has_the_floor_that_the_error_names() -> None:
     how: dict[str, Any] = {"example_inputs": (X,), "cost_model": "reference", "effort": "fast"}
     found = fxckpt.pareto(Net(), **how)
@@ -287,7 +288,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.filterwarnings("ignore:a loss that is computed outside:fxckpt.errors.OverBudgetWarning")
+@pytest.mark.filterwarnings(LOSS_OUTSIDE)
 def test_bench_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "insight_model:build", "--memory-budget", "90%", "--cost-model", "reference", "--runs", "2"]
     assert main([*command, "--effort", "fast"]) == 0

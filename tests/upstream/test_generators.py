@@ -23,7 +23,7 @@ def refuse(seed: int) -> None:
 
 
 def fork() -> None:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         torch.seed()
 
 

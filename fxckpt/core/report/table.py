@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import fill
-from typing import Protocol
-
-from tabulate import tabulate
+from typing import Any, Protocol
 
 from fxckpt.core.graph import Graph
 from fxckpt.core.outside import between_bytes, loss_bytes
@@ -192,7 +191,7 @@ def _tensors(plan: Planned, *, everything: bool) -> str:
     if len(shown) < len(found):
         title += f"; {len(shown)} of {len(found)} rows, all=True or --all shows every one"
     align = ("left", "left", "left", "right", "right", "right", "left", "left")
-    text = tabulate(_fitted(table), COLUMNS, colalign=align if table else None, disable_numparse=True)
+    text = _tabulated(_fitted(table), COLUMNS, colalign=align if table else None)
     return title + "\n" + text
 
 
@@ -234,4 +233,10 @@ def _cut(text: str, width: int, column: str) -> str:
 
 def _table(table: list[list[str]], headers: list[str], *, left: int) -> str:
     align = ["left" if column < left else "right" for column in range(len(headers))]
-    return tabulate(table, headers, colalign=align, disable_numparse=True, preserve_whitespace=True)
+    return _tabulated(table, headers, colalign=align, preserve_whitespace=True)
+
+
+def _tabulated(table: list[list[str]], headers: Sequence[str], **layout: Any) -> str:
+    from tabulate import tabulate  # here, so that planning does without it
+
+    return tabulate(table, headers, disable_numparse=True, **layout)
