@@ -154,8 +154,7 @@ def _check_value(
 def _call(node: fx.Node) -> tuple[Any, Any, Any, Any]:
     """What a node calls, as captured, and the value that it writes over if it does."""
     if node.target is run_with_rng_state:
-        _, _, target, *args = node.args
-        return target, tuple(args), node.kwargs, None
+        return node.args[2], node.args[3:], node.kwargs, None
     called, args = apart(node)
     target, kwargs, over = plain_call(called, dict(node.kwargs))
     return target, args, kwargs, args[0] if over is ... else over

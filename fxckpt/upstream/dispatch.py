@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 __all__ = [
     "TorchDispatchMode",
     "asked_gradients_of",
-    "bare_apply",
     "backward_keeps_graph",
     "backwards_context",
+    "bare_apply",
     "describes_op",
     "is_traced",
     "plain_execution",
@@ -119,7 +119,7 @@ def backwards_context() -> contextvars.Context | None:
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` for calls outside of torch.func's transforms: what looks for these takes as long as the rest."""
-    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 

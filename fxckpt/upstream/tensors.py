@@ -31,7 +31,7 @@ def version_of(tensor: torch.Tensor) -> int:
 
 def copy_all(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
     """Copy values into tensors of the same shapes, which share no memory with each other, by one call."""
-    torch._foreach_copy_(into, values)
+    torch._foreach_copy_(list(into), list(values))
 
 
 def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:

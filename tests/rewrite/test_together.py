@@ -55,7 +55,7 @@ def test_a_call_for_both_halves_gives_their_bits_in_their_memory(form: str, chan
             return [t for t in BACKWARD(grad, x, weight, biases, *rest, list(mask)) if t is not None]
 
         def workspace_bytes(*mask: bool) -> int:
-            results_bytes = sum(t.untyped_storage().nbytes() for t in called(*mask))
+            results_bytes: int = sum(t.untyped_storage().nbytes() for t in called(*mask))
             return peak_allocated_bytes(lambda: called(*mask), CPU) - results_bytes
 
         halves = (True, False, False), (False, True, True)

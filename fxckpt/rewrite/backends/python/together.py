@@ -7,6 +7,7 @@ within the peak.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def results_of(both: Any, *_: Any) -> Any:
 def call_together(profile: Profile, timeline: Timeline, emitted: Emitted) -> None:
     """Change the backward graph: halves whose steps follow each other become one call, where the first stands."""
     steps = [node for node in emitted.backward.nodes if "fxckpt_step" in node.meta]
-    for first, second in zip(steps, steps[1:], strict=False):
+    for first, second in itertools.pairwise(steps):
         if _are_halves(first, second) and _fits(profile, timeline, second.meta["fxckpt_step"]):
             first.meta[_OWN] = first.args[-1]
             first.args = (*first.args[:-1], _both(first.args[-1], second.args[-1]))
