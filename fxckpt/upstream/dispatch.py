@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -19,6 +21,7 @@ __all__ = [
     "asked_gradients_of",
     "backward_keeps_graph",
     "backwards_context",
+    "bare_apply",
     "describes_op",
     "is_traced",
     "plain_execution",
@@ -30,20 +33,33 @@ __all__ = [
 
 _ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 _INPUTS = 3  # the place of what is differentiated with respect to among its arguments, behind the outputs
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def _below_autograd() -> torch._C.DispatchKeySet:
+    """What ops pass through before they come to the kernels of devices: casts, autograd, its note of views."""
+    names = ("ADInplaceOrView", "AutogradFunctionality", "AutogradNestedTensor", "AutogradOther")
+    keys = torch._C.DispatchKey.__members__.items()
+    passed = [torch._C.DispatchKeySet(key) for name, key in keys if name in names or name.startswith("Autocast")]
+    return functools.reduce(operator.or_, passed)
+
+
+_PASSED = _below_autograd()
+
+
+def plain_execution() -> contextlib.AbstractContextManager[Any]:
+    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
+
+    Nor does autograd note which values are views of others: a view that is returned would change as its base does. Nor
+    do modes of torch functions, such as a default device, have a part in it.
+    """
+    if torch._C._len_torch_function_stack():
+        return _unseen_plain_execution()
+    return torch._C._ExcludeDispatchKeyGuard(_PASSED)  # one guard, no generator: each stage of a backward enters it
 
 
 @contextlib.contextmanager
-def plain_execution() -> Iterator[None]:
-    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
-
-    Nor does autograd note which values are views of others: a view that is returned would change as its base does.
-    """
-    with (
-        torch._C._DisableAutocast(),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
-    ):
+def _unseen_plain_execution() -> Iterator[None]:
+    with torch._C._ExcludeDispatchKeyGuard(_PASSED), torch._C.DisableTorchFunction():
         yield
 
 
@@ -99,6 +115,12 @@ def backwards_context() -> contextvars.Context | None:
         return None
     found: contextvars.Context = torch._C._get_obj_in_tls("context")
     return found
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for calls outside of torch.func's transforms: what looks for these takes as long as the rest."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:
