@@ -98,15 +98,19 @@ def will_run(node: Node) -> bool:
 
 
 def asked_gradients_of() -> tuple[Any, ...]:
-    """Within a backward: the tensors, or edges, that it was asked for gradients of, as far as that can be seen.
+    """Within a backward: the tensors, or edges, that it was asked for gradients of; () where all leaves get theirs.
 
-    None where all leaves get theirs, and in threads of devices, which have no caller.
+    Devices have threads of their own for backward, which have no caller: so what every backward was asked for that
+    is running in the process is among them.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not _ENGINE_CALL:
-        frame = frame.f_back
-    given = () if frame is None else frame.f_locals["args"]
-    return tuple(given[_INPUTS]) if len(given) > _INPUTS else ()
+    asked: list[Any] = []
+    for innermost in sys._current_frames().values():
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code is _ENGINE_CALL:
+                asked += frame.f_locals["args"][_INPUTS : _INPUTS + 1]
+            frame = frame.f_back
+    return tuple([x for given in asked for x in given])
 
 
 def backwards_context() -> contextvars.Context | None:
