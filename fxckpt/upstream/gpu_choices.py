@@ -103,7 +103,9 @@ def _fits_cudnn(call: Attention, capability: tuple[int, int]) -> bool:
         return False
     of_queries, of_values = call.query.shape[-1], call.value.shape[-1]
     queries, keys = call.query.shape[-2], call.key.shape[-2]
-    most = 192 if capability[0] in (9, 10) and (of_queries, of_values) == (192, 128) else 128
+    most = 256 if capability == (9, 0) else 128
+    if capability[0] == 10 and (of_queries, of_values) == (192, 128):
+        most = 192
     return (
         max(of_queries, of_values) <= most
         and of_queries % 8 == of_values % 8 == 0

@@ -43,8 +43,21 @@ def made_present(
             made[id(tensor)] = form.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]
 
+    for layer in module.modules() if capability else ():
+        if isinstance(layer, nn.RNNBase):
+            with mode, torch.no_grad():
+                made |= _in_one_piece([w for w in layer._flat_weights if w is not None], device)
     with (
         traced_for(device, capability) if capability else contextlib.nullcontext(),
         stateless._reparametrize_module(module, {name: fake(tensor) for name, tensor in named}),
     ):
         yield [fake(tensor) for tensor in tensors]
+
+
+def _in_one_piece(weights: Sequence[torch.Tensor], device: torch.device) -> dict[int, torch.Tensor]:
+    """The weights of a recurrent layer as they lie on a GPU: next to each other, for cuDNN."""
+    piece = torch.empty(sum(w.numel() for w in weights), dtype=weights[0].dtype, device=device)
+    parts = piece.split([w.numel() for w in weights])
+    return {
+        id(w): part.view(w.shape).data.requires_grad_(w.requires_grad) for w, part in zip(weights, parts, strict=True)
+    }

@@ -78,7 +78,7 @@ def _comparable(calls: Sequence[Called]) -> Iterator[str]:
             continue
         results = [form for form in call.results.split(" ") if not form.startswith("u8[")]
         results = results[: _FIRST_RESULTS.get(name)]
-        if name == "cudnn_rnn_backward":  # those of hidden states are computed, wanted or not
+        if (namespace, name) == ("aten", "cudnn_rnn_backward"):  # those of hidden states are computed, wanted or not
             results = [results[0], *results[3:]]
         if namespace == "fxckpt" and name in _PARTS:
             yield from (f"{part} {results[0]}" for part in _PARTS[name])

@@ -25,7 +25,11 @@ LIBRARY.define(
     str(KERNEL._schema).removeprefix("aten::_"),
     tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag),
 )
-LIBRARY.define(str(KERNEL_BACKWARD._schema).removeprefix("aten::_"), tags=(torch.Tag.pt2_compliant_tag,))
+_ARGUMENTS, _, _ = str(KERNEL_BACKWARD._schema).removeprefix("aten::_").partition(" -> ")
+LIBRARY.define(
+    f"{_ARGUMENTS.replace('output_mask', 'wanted')} -> Tensor[]",  # those that are wanted, one after another
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
 
 MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 """What cuDNN calls the kinds of layers."""
@@ -77,13 +81,19 @@ def _run(
     return watched.results  # type: ignore[no-any-return]
 
 
-def _run_backward(*args: Any) -> Any:
+def _run_backward(*args: Any) -> list[Any]:
     """The kernel writes over what its forward reserved, which another backward may want."""
     given = list(args)
     given[_PLACES["dropout_state"]] = _STATES.get(args[0].device)
     if backward_keeps_graph():
         given[_PLACES["reserve"]] = given[_PLACES["reserve"]].clone()
-    return KERNEL_BACKWARD(*given)
+    return in_a_row(KERNEL_BACKWARD(*given), given[-1])
+
+
+def in_a_row(results: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
+    """The kernel's results that are wanted: gradients of the input, of hidden states and cells, and of each weight."""
+    *single, weights = results
+    return [x for x, is_wanted in zip(single, wanted, strict=False) if is_wanted] + (weights if wanted[-1] else [])
 
 
 def describe(x: Tensor, weight: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
@@ -100,7 +110,7 @@ def describe(x: Tensor, weight: list[Tensor], *args: Any) -> tuple[Tensor, ...]:
         output = output.transpose(0, 1)
     hy = hx.new_empty(layers * directions, batch, projected or hidden)
     cy = x.new_empty(0) if cx is None else cx.new_empty(layers * directions, batch, hidden)
-    return output, hy, cy, x.new_empty(0, dtype=torch.uint8), _in_one_piece(weight)
+    return output, hy, cy, x.new_empty(0, dtype=torch.uint8), in_one_piece(weight)
 
 
 def describe_backward(x: Tensor, weight: list[Tensor], *args: Any) -> tuple[Any, ...]:
@@ -116,7 +126,8 @@ def describe_backward(x: Tensor, weight: list[Tensor], *args: Any) -> tuple[Any,
     return of_input, of_hidden, of_cells, parts if mask[3] else []
 
 
-def _in_one_piece(weight: Sequence[Tensor]) -> Tensor:
+def in_one_piece(weight: Sequence[Tensor]) -> Tensor:
+    """The memory that the weights lie in, or a copy of them where they lie apart."""
     elements = sum(w.numel() for w in weight)
     first = weight[0]
     if len({w.untyped_storage()._cdata for w in weight}) == 1:
@@ -127,7 +138,7 @@ def _in_one_piece(weight: Sequence[Tensor]) -> Tensor:
 LIBRARY.impl("cudnn_rnn", _run, "CUDA")
 LIBRARY.impl("cudnn_rnn", describe, "Meta")
 LIBRARY.impl("cudnn_rnn_backward", _run_backward, "CUDA")
-LIBRARY.impl("cudnn_rnn_backward", describe_backward, "Meta")
+LIBRARY.impl("cudnn_rnn_backward", lambda *args: in_a_row(describe_backward(*args), args[-1]), "Meta")
 
 CUDNN_RNN = torch.ops.fxckpt.cudnn_rnn.default
 CUDNN_RNN_BACKWARD = torch.ops.fxckpt.cudnn_rnn_backward.default

@@ -27,6 +27,5 @@ LIBRARY.impl("mkldnn_rnn_layer", _layer, "CompositeExplicitAutograd")
 RECURRENT: dict[Any, Any] = {
     _KERNEL: torch.ops.fxckpt.mkldnn_rnn_layer.default,
     cudnn_rnn.KERNEL: cudnn_rnn.CUDNN_RNN,
-    cudnn_rnn.KERNEL_BACKWARD: cudnn_rnn.CUDNN_RNN_BACKWARD,
 }
 """What to call instead of torch's own op."""
