@@ -7,7 +7,7 @@ these ops stand for it where it runs: they call the layer, and take what it give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ LIBRARY.define(
 MODES = {"rnn_relu": 0, "rnn_tanh": 1, "lstm": 2, "gru": 3}
 """What cuDNN calls the kinds of layers."""
 
-_LAYERS: dict[int, Callable[..., Any]] = {mode: getattr(aten, name).input for name, mode in MODES.items()}
+_LAYERS: dict[int, Any] = {mode: getattr(aten, name).input for name, mode in MODES.items()}
 _STATE_PLACE = argument_names(KERNEL).index("dropout_state")
 _PLACES = {name: place for place, name in enumerate(argument_names(KERNEL_BACKWARD))}
 _STATES: dict[torch.device, Tensor] = {}
@@ -77,8 +77,13 @@ def _run(
     has_biases = per_layer - (projected > 0) == 4
     with _Watched() as watched:
         hidden = hx if cx is None else [hx, cx]
-        _LAYERS[mode](x, hidden, weight, has_biases, layers, dropout, train, bidirectional, batch_first)
+        run_layer(mode, x, hidden, weight, has_biases, layers, dropout, train, bidirectional, batch_first)
     return watched.results  # type: ignore[no-any-return]
+
+
+def run_layer(mode: int, *args: Any) -> Any:
+    """What torch computes for a layer, whose kernels modes see: below autograd they would see the layer as one op."""
+    return _LAYERS[mode]._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *args)
 
 
 def _run_backward(*args: Any) -> list[Any]:
