@@ -90,7 +90,7 @@ def _functional(original: Callable[..., Any], kind: Any, elem: Tensor, mode: Any
         return original(kind, elem, mode)  # type: ignore[no-any-return]
     keys = FunctionalTensor._extra_dispatch_keys & torch._C._dispatch_keys(elem)
     form = (elem.shape, elem.stride(), elem.storage_offset(), None, elem.dtype, elem.layout, device, False)
-    out: Any = torch.Tensor._make_wrapper_subclass(kind, *form, elem.requires_grad, None, True, False, keys)  # type: ignore[attr-defined]
+    out: Any = torch.Tensor._make_wrapper_subclass(kind, *form, elem.requires_grad, None, True, False, keys)
     torch._C._set_throw_on_mutable_data_ptr(out)
     out.elem = elem
     return out  # type: ignore[no-any-return]
