@@ -7,6 +7,7 @@ re-entry, and by a method of a class in the other. These are replaced while a mo
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,9 @@ from torch.utils import checkpoint
 from fxckpt.errors import CheckpointingBypassedWarning
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 from fxckpt.upstream.versions import checkpoint_generator
+
+_OFF, _OFF_BEFORE = "activation_checkpointing_disable", "gradient_checkpointing_disable"
+"""What turns it off in transformers, and what did so before its version 5.23."""
 
 
 @contextlib.contextmanager
@@ -48,10 +52,12 @@ def checkpointing_bypassed() -> Iterator[None]:
 
 def say_bypassed() -> None:
     """Warn that the model's own checkpoints are ignored."""
+    model = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    off = _OFF if hasattr(model, _OFF) else _OFF_BEFORE
     warnings.warn(
         "the model uses torch.utils.checkpoint. An optimized module ignores it and recomputes what its plan says, with "
         "the same gradients. Turn it off to have less to wonder about, in transformers by "
-        "model.gradient_checkpointing_disable()",
+        f"model.{off}()",
         CheckpointingBypassedWarning,
         stacklevel=2,
     )

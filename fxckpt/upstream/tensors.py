@@ -37,6 +37,16 @@ def version_of(tensor: torch.Tensor) -> int:
     return tensor._version
 
 
+def copy_all(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy values into tensors of the same shapes, which share no memory with each other, by one call."""
+    torch._foreach_copy_(list(into), list(values))
+
+
+def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """`version_of` each tensor."""
+    return [tensor._version for tensor in tensors]
+
+
 def is_view(tensor: torch.Tensor) -> bool:
     """Whether autograd knows the tensor as a view of another."""
     return tensor._base is not None

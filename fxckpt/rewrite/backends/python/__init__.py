@@ -13,6 +13,7 @@ from fxckpt.profile.build import Profile
 from fxckpt.rewrite.backends import Executable
 from fxckpt.rewrite.backends.python.codegen import compile_boxed
 from fxckpt.rewrite.backends.python.in_place import overwritten, write_over_inputs
+from fxckpt.rewrite.backends.python.together import call_together
 from fxckpt.rewrite.emitted import Emitted
 from fxckpt.rewrite.split import emit
 
@@ -45,6 +46,7 @@ def executable(profile: Profile, timeline: Timeline, hooked: frozenset[int] = fr
     """
     emitted = emit(profile, timeline.schedule, hooked)
     write_over_inputs(profile, timeline, emitted)
+    call_together(profile, timeline, emitted)
     forward = compile_boxed(emitted.forward, profile.joint.module, "Forward")
     backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
     return PythonExecutable(emitted, (forward, backward))
