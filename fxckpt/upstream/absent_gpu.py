@@ -68,6 +68,7 @@ def computed_on(device: str | torch.device) -> str | torch.device:
 @contextlib.contextmanager
 def _absent(device: torch.device) -> Iterator[None]:
     with (
+        function_replaced(FunctionalTensor.__new__, _functional),
         attribute_replaced(FunctionalTensor, "device", property(placed_on)),
         attribute_replaced(FunctionalTensor, "is_cuda", property(lambda x: placed_on(x).type == "cuda")),
         attribute_replaced(torch._C, "_conv_determine_backend_memory_format", conv_format),
@@ -80,6 +81,19 @@ def _absent(device: torch.device) -> Iterator[None]:
             yield
         finally:
             _ASSUMED.now = before
+
+
+def _functional(original: Callable[..., Any], kind: Any, elem: Tensor, mode: Any) -> Tensor:
+    """With the dispatch keys of the GPU: some ops are others there than on the meta device."""
+    device = placed_on(torch._from_functional_tensor(elem))
+    if device.type != "cuda":
+        return original(kind, elem, mode)  # type: ignore[no-any-return]
+    keys = FunctionalTensor._extra_dispatch_keys & torch._C._dispatch_keys(elem)
+    form = (elem.shape, elem.stride(), elem.storage_offset(), None, elem.dtype, elem.layout, device, False)
+    out: Any = torch.Tensor._make_wrapper_subclass(kind, *form, elem.requires_grad, None, True, False, keys)
+    torch._C._set_throw_on_mutable_data_ptr(out)
+    out.elem = elem
+    return out  # type: ignore[no-any-return]
 
 
 def _told_to_autograd(args: tuple[Any, ...]) -> torch.device:

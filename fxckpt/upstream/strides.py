@@ -205,10 +205,23 @@ def _batch_norm_backward_on_cuda(results: Results, *args: Any) -> Results:
     return (_in_format(first, x) if training else _contiguous(first)), *results[1:]
 
 
-ON_CUDA: dict[OpOverload, Callable[..., Results]] = {
+def _without_buffer(results: tuple[Tensor, Tensor], x: Tensor) -> Results:
+    """Backward computes it anew."""
+    return results[0], x.new_empty(0)
+
+
+ON_CUDA: dict[OpOverload, Callable[..., Any]] = {
     aten._native_batch_norm_legit_functional.default: _statistics_on_cuda,
     aten.native_batch_norm_backward.default: _batch_norm_backward_on_cuda,
+    aten.log_sigmoid_forward.default: _without_buffer,
+    aten.rrelu_with_noise_functional.default: _first(_contiguous),
+    aten.rrelu_with_noise_backward.default: _as_noise,
+    aten.pixel_unshuffle.default: _contiguous,
+    aten.glu_backward.default: _as_second_in_order,
+    **dict.fromkeys((aten.upsample_bilinear2d.default, aten.upsample_trilinear3d.default), _in_format),
+    **{op: rule for op, rule in LAID_OUT_LIKE.items() if rule is _as_product},
 }
+del ON_CUDA[aten.native_dropout_backward.default]
 """From an op's results, as torch describes them, and its arguments to tensors of the form that they have on CUDA."""
 
 
@@ -235,7 +248,8 @@ def _described_by(rules: Mapping[OpOverload, Callable[..., Any]], kind: str) -> 
         stack.enter_context(right_views())
         stack.enter_context(attribute_replaced(_decomp, "decomposition_table", longer_ways))
         for op, rule in rules.items():
-            description = functools.partial(_corrected, op.py_kernels[DispatchKey.Meta], rule)
+            known = op.py_kernels.get(DispatchKey.Meta, functools.partial(op._op_dk, DispatchKey.Meta))
+            description = functools.partial(_corrected, known, rule)
             stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: description}))
         yield
 

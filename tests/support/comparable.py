@@ -39,12 +39,13 @@ _LOSSES = {"mse_loss", "smooth_l1_loss", "soft_margin_loss", "binary_cross_entro
 OTHERWISE: dict[str, str] = {
     r"(LSTM|GRU|RNN).*": "sigmoid|tanh|add|mul|transpose"  # gates are changed in place, as parts of one tensor
     "|random|_local_scalar_dense|_cudnn_init_dropout_state",  # our op draws the first state of its dropout
-    r".*one_hot.*": "aminmax|_local_scalar_dense|zeros|scatter|ge|all|expect",  # looks at values
+    r".*one_hot.*": "aminmax|_local_scalar_dense|zeros|scatter|ge|lt|all|expect|arange|eq|_to_copy"  # looks at values
+    "|_assert_async",
     r".*gaussian_nll.*": "_local_scalar_dense|expect|any|lt",  # looks at values
     r"(attention|MultiheadAttention|Transformer).*": "_to_copy",  # weights of attention that nobody asked for
-    r"index/.*(reduce|amax).*": "mul|div|eq|where|sum|masked_fill|index_select|gather",  # gradients nobody asked for
+    r"index/.*(reduce|amax|cumprod).*": "mul|div|eq|where|sum|masked_fill|index_select|gather",  # unasked gradients
     r"activation/.*(29|30).*": "bernoulli|mul|add",  # draws in the order of memory
-    r".*setitem.*": "lift_fresh_copy|index_put|fill|scalar_tensor",
+    r".*setitem.*": "lift_fresh_copy|zeros|index_put|fill|scalar_tensor",
 }
 """Where captures differ from eager on purpose, and in which ops."""
 

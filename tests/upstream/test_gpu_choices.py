@@ -147,6 +147,30 @@ def test_a_plan_does_not_depend_on_where_the_model_is() -> None:
     assert any("efficient_attention" in op.name for op in here.graph.ops)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"num_layers": 2, "dropout": 0.3}, {"bidirectional": True, "batch_first": True}]
+)
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_can_be_planned(kind: Any, options: dict[str, Any]) -> None:
+    """Weights lie in one piece, which is no copy; a layer whose dropout has a state of its own runs once."""
+    layer = kind(16, 32, **options)
+    x = torch.rand(6, 6, 16)
+    plan = fxckpt.plan(layer, "1GB", example_inputs=(x,), device="H100", solver="min_memory")
+    absent = fxckpt.plan(layer.to("meta"), "1GB", example_inputs=(x.to("meta"),), device="H100", solver="save_all")
+    assert plan.fingerprint == absent.fingerprint
+    (forward,) = [op for op in plan.graph.ops if op.name == "_cudnn_rnn"]
+    assert bool(forward.pinned) == ("dropout" in options)
+    weights = sum(p.numel() * p.element_size() for p in layer.parameters())
+    sizes = [plan.graph.storages[s].size_bytes for s in forward.writes]
+    assert weights not in sizes
+
+
+@pytest.mark.parametrize("name", ["loss/nll/fp32", "index/var/fp32", "loss/pairwise_distance/fp32"])
+def test_gradients_that_are_defined_for_each_device(name: str) -> None:
+    names = [c.op for c in captured_for_gpu(MENU[name], HOPPER)]
+    assert names.count("aten.mul.Tensor") >= 3
+
+
 class Asking(nn.Module):
     """Makes what it needs where its input is, and asks where that is."""
 

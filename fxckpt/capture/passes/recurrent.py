@@ -24,7 +24,7 @@ def _share(node: fx.Node) -> None:
 
     Torch remembers descriptions, and not what they share.
     """
-    results, weights = value(node), [value(weight) for weight in node.args[1]]  # type: ignore[union-attr]
+    results, weights = value(node), [value(weight) for weight in node.args[1]]  # type: ignore[union-attr, arg-type]
     with results[0].fake_mode:
         piece = in_one_piece(weights)
     node.meta["val"] = (*results[:-1], piece)
@@ -40,7 +40,7 @@ def _unnest(node: fx.Node) -> None:
     node.target, node.meta["val"] = CUDNN_RNN_BACKWARD, in_a_row(value(node), wanted)  # type: ignore[arg-type]
     for picked in list(node.users):
         if picked.args[1] != len(wanted) - 1:  # type: ignore[arg-type]
-            picked.args = (node, sum(wanted[: picked.args[1]]))  # type: ignore[index, misc, arg-type]
+            picked.args = (node, sum(wanted[: picked.args[1]]))  # type: ignore[index, arg-type]
             continue
         for weight in filter(is_selection, list(picked.users)):
             weight.args = (node, firsts + weight.args[1])  # type: ignore[operator]
