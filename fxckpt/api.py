@@ -170,9 +170,7 @@ def advise(
     optimizer = options.get("optimizer")
     parameters = _module(model).parameters()
     optimizer_bytes = 0 if optimizer is None else optimizer_state_bytes(optimizer, parameters)
-    return Advice(
-        found, optimizer_bytes, None if memory_budget is None else within(memory_budget, found.baseline.peak_bytes)
-    )
+    return Advice(found, optimizer_bytes, None if memory_budget is None else found.budget_bytes(memory_budget))
 
 
 def max_batch(

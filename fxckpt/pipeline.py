@@ -14,9 +14,12 @@ from torch import fx, nn
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.capture.roles import InputKind
 from fxckpt.capture.structure import take_apart
+from fxckpt.core.caching_allocator import AllocatorSettings
 from fxckpt.core.decisions import decisions
+from fxckpt.core.fitting import solve_in_blocks
 from fxckpt.core.graph import Graph, Storage
 from fxckpt.core.plans import Plan
+from fxckpt.core.replay import Blocks, Occupancy, replay
 from fxckpt.core.schedule import plain
 from fxckpt.core.shares import Offer
 from fxckpt.core.simulate import Timeline, simulate
@@ -25,6 +28,7 @@ from fxckpt.errors import BudgetError, OverBudgetWarning, PlanMismatchError
 from fxckpt.options import Budget, Options
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.costs import cost_model, name_on
+from fxckpt.profile.device_memory import allocator_settings, block_bytes, give_back_free_blocks, library_bytes
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.rewrite.backends import python
 from fxckpt.rewrite.bridge import bridge
@@ -62,13 +66,14 @@ def profile_step(
     forward: Callable[..., Any],
     gradients_allocated: bool,
     tangents: Mapping[int, tuple[int, ...]] | None = None,
+    capability: tuple[int, int] | None = None,
 ) -> Profile:
-    """Capture a step and attach bytes and times to it.
+    """Capture a step and attach bytes and times to it; `capability` as for `capture`.
 
     Raises:
         CaptureError: the model can't be captured as one graph.
     """
-    joint = capture(model, args, kwargs, forward=forward, tangents=tangents)
+    joint = capture(model, args, kwargs, forward=forward, tangents=tangents, capability=capability)
     arguments, _ = take_apart((tuple(args), kwargs))
     given = {i.node: arguments[i.index] for i in joint.roles.inputs if i.kind is InputKind.ARGUMENT}
     return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated, given=given)
@@ -101,14 +106,20 @@ def profile_of(
         run_ops=options.run_ops,
         given=given,
     )
-    profile = build(joint, costs)
+    give_back_free_blocks(joint.device)
+    profile = build(joint, costs, block_bytes(joint.device, options.device))
     if unused_bytes:
         unused = Storage("unused parameters and buffers", unused_bytes, "parameter")
         profile = replace(profile, graph=replace(profile.graph, storages=(*profile.graph.storages, unused)))
     reserved_bytes = options.reserve_bytes
     if options.optimizer is not None:
         reserved_bytes += optimizer_state_bytes(options.optimizer, parameters)
-    graph = replace(profile.graph, gradients_allocated=gradients_allocated, reserved_bytes=reserved_bytes)
+    graph = replace(
+        profile.graph,
+        gradients_allocated=gradients_allocated,
+        reserved_bytes=reserved_bytes,
+        library_bytes=library_bytes(profile.nodes, joint.device, options.device),
+    )
     return replace(profile, graph=graph)
 
 
@@ -125,34 +136,73 @@ def make_plan(profile: Profile, options: Options, before: Sequence[Plan] = ()) -
     """
     graph, device = profile.graph, profile.joint.device
     baseline = simulate(graph, plain(graph))
-    budget_bytes = budget_in_bytes(options.budget, baseline.peak_bytes, device)
+    occupancy = _occupancies(profile, options)
+    taken = occupancy(baseline, eager=True) if occupancy else None
+    plain_bytes = taken.allocated_bytes if taken else baseline.peak_bytes
+    budget_bytes = budget_in_bytes(options.budget, plain_bytes, device, graph.library_bytes)
     if isinstance(options.budget, float):
         budget_bytes = max(budget_bytes, *(plan.budget_bytes for plan in before), 0)
     if options.plan is not None:
-        return _made_elsewhere(options.plan, graph, budget_bytes)
+        plan = _made_elsewhere(options.plan, graph)
+        plan = _with_blocks(plan, taken, occupancy)
+        _warn_if_over(plan, budget_bytes)
+        return plan
     for plan in before:
         if plan.graph.structure == graph.structure:
-            reused = replace(plan, graph=graph, budget_bytes=budget_bytes)
-            if reused.predicted.peak_bytes <= budget_bytes:
+            reused = _with_blocks(replace(plan, graph=graph, budget_bytes=budget_bytes), taken, occupancy)
+            if reused.peak_bytes <= budget_bytes:
                 return reused
-    solution = solve(graph, budget_bytes, options.solver, **options.solver_arguments)
+    blocks = None
+    if occupancy is None or taken is None:
+        solution = solve(graph, budget_bytes, options.solver, **options.solver_arguments)
+    else:
+        expected_bytes = plain_bytes - baseline.peak_bytes if plain_bytes > budget_bytes else 0
+        solution, ours = solve_in_blocks(
+            graph, budget_bytes, options.solver, occupancy, expected_bytes=expected_bytes, **options.solver_arguments
+        )
+        blocks = Blocks(ours, taken)
     return Plan.of(
         solution.timeline,
         solver=solution.solver,
         cost_model=name_on(device, options.cost_model, run_ops=options.run_ops),
         budget_bytes=budget_bytes,
         baseline=baseline,
+        blocks=blocks,
     )
 
 
-def budget_in_bytes(budget: Budget, peak_bytes: int, device: torch.device) -> int:
+class _Occupancies:
+    """What schedules of a step take of a device with a caching allocator."""
+
+    def __init__(self, profile: Profile, settings: AllocatorSettings) -> None:
+        self._profile, self._settings = profile, settings
+
+    def __call__(self, timeline: Timeline, *, eager: bool = False) -> Occupancy:
+        """What a schedule takes as emitted graphs run it, or in eager torch."""
+        return replay(timeline, self._settings, {} if eager else python.written_over(self._profile, timeline))
+
+
+def _occupancies(profile: Profile, options: Options) -> _Occupancies | None:
+    settings = allocator_settings(profile.joint.device, options.device)
+    return None if settings is None else _Occupancies(profile, settings)
+
+
+def _with_blocks(plan: Plan, taken: Occupancy | None, occupancy: _Occupancies | None) -> Plan:
+    """The plan with what it and the plain step take in blocks."""
+    blocks = Blocks(occupancy(plan.timeline), taken) if occupancy and taken else None
+    return replace(plan, blocks=blocks)
+
+
+def budget_in_bytes(budget: Budget, peak_bytes: int, device: torch.device, kept_bytes: int = 0) -> int:
     """The bound on the peak that a user's budget means where the plain model's peak is `peak_bytes` [B].
+
+    `kept_bytes` of it are what libraries keep.
 
     Raises:
         BudgetError: it is not a size, not positive, a fraction outside (0, 1], or None on a device without memory of
             its own.
     """
-    return free_bytes(device) if budget is None else within(budget, peak_bytes)
+    return free_bytes(device) if budget is None else within(budget, peak_bytes, kept_bytes)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -170,7 +220,7 @@ def free_bytes(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device)
 
 
-def _made_elsewhere(plan: Plan, graph: Graph, budget_bytes: int) -> Plan:
+def _made_elsewhere(plan: Plan, graph: Graph) -> Plan:
     """The plan with what is known here of its graph."""
     if plan.fingerprint != graph.fingerprint:
         raise PlanMismatchError(
@@ -178,8 +228,11 @@ def _made_elsewhere(plan: Plan, graph: Graph, budget_bytes: int) -> Plan:
             f"give graph {graph.fingerprint} ({len(graph.ops)} ops). Plan again for this model, these input shapes and "
             "this torch"
         )
-    plan = replace(plan, graph=graph)
-    peak_bytes = plan.predicted.peak_bytes
+    return replace(plan, graph=graph)
+
+
+def _warn_if_over(plan: Plan, budget_bytes: int) -> None:
+    peak_bytes = plan.peak_bytes
     if peak_bytes > budget_bytes:
         warnings.warn(
             f"the plan's peak is {format_bytes(peak_bytes)} here, over the budget of {format_bytes(budget_bytes)}: "
@@ -188,7 +241,6 @@ def _made_elsewhere(plan: Plan, graph: Graph, budget_bytes: int) -> Plan:
             OverBudgetWarning,
             stacklevel=2,
         )
-    return plan
 
 
 def make_program(profile: Profile, timeline: Timeline, hooked: frozenset[int] = frozenset()) -> Program:

@@ -19,6 +19,9 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
+CUDA_BLOCK_BYTES = 512
+"""What torch's allocator hands out on CUDA are multiples of this [B]."""
+
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
@@ -46,11 +49,16 @@ def parse_bytes(text: str) -> int:
     return size_bytes
 
 
-def within(budget: str | int | float, peak_bytes: int) -> int:
+def within(budget: str | int | float, peak_bytes: int, kept_bytes: int = 0) -> int:
     """Bytes [B] that a memory budget means: a size, a number of bytes, or a fraction of a peak.
 
     >>> within("2KB", 1000), within(700, 1000), within(0.5, 1000)
     (2000, 700, 500)
+
+    Args:
+        budget: what a user gave.
+        peak_bytes: the peak [B].
+        kept_bytes: a part of it that is always there, of which fractions are not taken: what libraries keep [B].
 
     Raises:
         BudgetError: it is not a size, not positive, or a fraction outside (0, 1].
@@ -68,7 +76,16 @@ def within(budget: str | int | float, peak_bytes: int) -> int:
             f"a memory budget of {budget!r}, a float, is a fraction of the plain model's peak and must be in (0, 1]; "
             'write bytes as an int or a text such as "8GB"'
         )
-    return int(budget * peak_bytes)
+    return kept_bytes + int(budget * (peak_bytes - kept_bytes))
+
+
+def whole_blocks(size_bytes: int, block_bytes: int) -> int:
+    """A size rounded up to whole blocks [B]; nothing takes nothing.
+
+    >>> whole_blocks(513, CUDA_BLOCK_BYTES), whole_blocks(0, CUDA_BLOCK_BYTES)
+    (1024, 0)
+    """
+    return -(-size_bytes // block_bytes) * block_bytes
 
 
 def format_bytes(size_bytes: int) -> str:

@@ -52,8 +52,8 @@ def correctness(bench: Bench, *, case: str, types: str, budget: float, determini
     plan = fxckpt.graphs(optimized).plan
     planned = Autocast(optimized, bench.device, enabled=plain.enabled)
 
-    eager = [_left(bench, run_step(copy.deepcopy(plain), args, kwargs, chosen.loss)) for _ in range(EAGER_RUNS)]
-    ours = _left(bench, run_step(planned, args, kwargs, chosen.loss))
+    eager = [_left(run_step(copy.deepcopy(plain), args, kwargs, chosen.loss)) for _ in range(EAGER_RUNS)]
+    ours = _left(run_step(planned, args, kwargs, chosen.loss))
     unsteady = sorted({name for other in eager[1:] for name in _differing(other, eager[0])})
     clear_gradients(planned)
     step = TrainingStep(planned, args, kwargs)
@@ -86,14 +86,13 @@ def _deterministic(plain: Autocast, args: tuple[Any, ...], kwargs: dict[str, Any
     return True
 
 
-def _left(bench: Bench, step: Step) -> dict[str, Tensor | None]:
-    """All that a step leaves, by name."""
-    found = {"loss": step.loss, "random state": step.random_state}
-    if bench.device == "cuda":
-        found["random state of the device"] = torch.cuda.get_rng_state()
+def _left(step: Step) -> dict[str, Tensor | None]:
+    """All that a step leaves, by name; the random state is that of all devices."""
+    found: dict[str, Tensor | None] = {"loss": step.loss, "random state": step.random_state}
     found |= {f"gradient of {name}": gradient for name, gradient in step.gradients.items()}
     found |= {f"gradient of input {n}": gradient for n, gradient in enumerate(step.input_gradients)}
-    return found | {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
+    found |= {f"buffer {name}": buffer for name, buffer in step.buffers.items()}
+    return found
 
 
 def _differing(found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> list[str]:

@@ -124,4 +124,4 @@ def _alone(kind: str, settings: dict[str, Any]) -> Job:
 
 def _prepare(subject: str, way: str, budget: float | str | None) -> Job:
     settings = {"subject": subject, "way": way, "budget": budget}
-    return Job("prepare", settings, is_alone=False, timeout_s=150)
+    return Job("prepare", settings, is_alone=False, timeout_s=200)

@@ -75,7 +75,9 @@ def planning(bench: Bench, *, subject: str, budget: float, cache: str) -> dict[s
     built = bench.build(trained.subject.quick if bench.tiny else trained.subject.full)
     bench.synchronize()
     start, start_cpu = time.perf_counter(), time.process_time()
-    optimized = bench.optimized(built, budget, autocast=trained.autocast, cost_cache=folder / "costs.json")
+    optimized = bench.optimized(
+        built, budget, autocast=trained.autocast, cost_model="measure", cost_cache=folder / "costs.json"
+    )
     bench.synchronize()
     seconds, cpu_s = time.perf_counter() - start, time.process_time() - start_cpu
     plan = fxckpt.graphs(optimized).plan

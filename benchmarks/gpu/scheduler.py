@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass
 class _Worker:
-    """A process that waits for a job, or works on one."""
+    """A process that waits for a job, or works on one; `printed` is the end of what it printed, once it has ended."""
 
     process: subprocess.Popen[str]
     log: IO[bytes]
@@ -35,6 +35,7 @@ class _Worker:
     job: Job | None = None
     started_s: float = 0.0
     ends_s: float = 0.0
+    printed: str = ""
 
     def stop(self) -> None:
         """End it with all that it started."""
@@ -46,10 +47,10 @@ class _Worker:
         if self.process.stdin is not None and not self.process.stdin.closed:
             self.process.stdin.close()
 
-    def tail(self) -> str:
-        """The end of what it printed."""
-        self.log.seek(0)
-        return self.log.read().decode(errors="replace")[-_TAIL:]
+        if not self.log.closed:
+            self.log.seek(0)
+            self.printed = self.log.read().decode(errors="replace")[-_TAIL:]
+            self.log.close()
 
 
 @dataclass
@@ -141,11 +142,11 @@ class Scheduler:
                 self.report(worker.job, _row(worker, **row))
             elif is_running:
                 error = f"not done after {time.monotonic() - worker.started_s:.0f} s"
-                self.report(worker.job, _row(worker, "timed out", error=error, trace=worker.tail()))
+                self.report(worker.job, _row(worker, "timed out", error=error, trace=worker.printed))
             else:
                 code = worker.process.returncode
                 name = signal.Signals(-code).name if code < 0 else f"exit status {code}"
-                self.report(worker.job, _row(worker, "crashed", error=name, trace=worker.tail()))
+                self.report(worker.job, _row(worker, "crashed", error=name, trace=worker.printed))
 
 
 def _row(worker: _Worker, status: str, **figures: Any) -> Row:

@@ -52,7 +52,8 @@ def gpt(layers: int, width: int, heads: int, vocabulary: int, length: int, batch
 
 
 def resnet(counts: tuple[int, ...], width: int, batch: int, size: int) -> tuple[nn.Module, Arguments]:
-    model = WithLoss(ResNet(counts, width)).to(memory_format=torch.channels_last)
+    model = WithLoss(ResNet(counts, width))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
     return model, ((images, tokens(1, batch).flatten()), {})
 

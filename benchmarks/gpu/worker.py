@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+import fxckpt.api  # noqa: F401 (ahead of its first use)
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.correctness import correctness
 from benchmarks.gpu.limits import limit, planning

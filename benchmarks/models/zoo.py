@@ -159,6 +159,24 @@ def llama3_8b() -> tuple[nn.Module, Arguments]:
     return model, ((), {"input_ids": ids, "labels": ids})
 
 
+def llama_1b() -> tuple[nn.Module, Arguments]:
+    """transformers' Llama of 1.3 billion parameters on the meta device; 4 × 2,048 labelled tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=2048,
+        intermediate_size=5504,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        use_cache=False,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        ids = torch.zeros(4, 2048, dtype=torch.long)
+    return model, ((), {"input_ids": ids, "labels": ids})
+
+
 def residual_mlp(layers: int, width: int, batch: int) -> tuple[nn.Module, Arguments]:
     """Very deep and narrow."""
     return Stack((Residual(width) for _ in range(layers)), width), ((torch.randn(batch, width),), {})

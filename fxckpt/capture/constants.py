@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from fxckpt.capture.checks import answer_without_error
 from fxckpt.upstream import pytree
+from fxckpt.upstream.absent_gpu import computed_on
 from fxckpt.upstream.dispatch import describes_op, really_computed
 from fxckpt.upstream.fakes import traced_tensors_have
 from fxckpt.upstream.generators import DrawsRefused, RandomDraw
@@ -74,6 +75,7 @@ _READS: frozenset[Any] = frozenset(
 _UNKNOWN_PARTS = ("empty", "resize")
 _FAILURES = (RuntimeError, IndexError, ValueError, RandomDraw)
 _MOST_ELEMENTS = 2**20
+_DEVICES = ("meta", "cuda")
 _WARNS = "warn_if_padding_and_no_attention_mask"
 """A method of transformers' models that reads all ids, only to warn."""
 
@@ -122,7 +124,7 @@ class Constants(TorchFunctionMode):
             if not _may_be_mask(argument):
                 continue
             with really_computed():  # what is not known is computed as zeros, and not told
-                number_or_zero, device = self._values[number] or 0, _real(argument.device)
+                number_or_zero, device = self._values[number] or 0, computed_on(argument.device)
                 value = torch.full(argument.shape, number_or_zero, dtype=argument.dtype, device=device)
             self._known[argument] = _Known(value, frozenset({number}))
 
@@ -206,12 +208,8 @@ class Constants(TorchFunctionMode):
         if isinstance(given, Tensor) and given in self._known:
             return self._known[given].value
         if isinstance(given, Tensor):  # only its form is asked for
-            return torch.empty((), dtype=given.dtype, device=_real(given.device)).expand(given.shape)
-        return _real(given) if isinstance(given, (str, torch.device)) else given
-
-
-def _real(device: str | torch.device) -> str | torch.device:
-    return "cpu" if str(device) == "meta" else device
+            return torch.empty((), dtype=given.dtype, device=computed_on(given.device)).expand(given.shape)
+        return computed_on(given) if isinstance(given, torch.device) or given in _DEVICES else given
 
 
 def _name(func: Callable[..., Any]) -> str:

@@ -27,12 +27,11 @@ from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
 from fxckpt.upstream.checkpointed import checkpointing_bypassed
 from fxckpt.upstream.confined import tracing_confined
 from fxckpt.upstream.dispatch import unseen_by_function_modes
-from fxckpt.upstream.fakes import descriptions_apart
-from fxckpt.upstream.kernels import own_kernels
+from fxckpt.upstream.kernels import kernels_on_cuda, own_kernels
 from fxckpt.upstream.meta import made_present
 from fxckpt.upstream.ops.expect import checks_kept
 from fxckpt.upstream.ops.layout import LAID_OUT
-from fxckpt.upstream.strides import right_strides, right_views
+from fxckpt.upstream.strides import right_forms_on_cuda, right_strides
 from fxckpt.upstream.tensors import device_of
 
 _ONE_AT_A_TIME = threading.RLock()
@@ -50,7 +49,7 @@ class JointGraph:
         inputs: structure of the arguments that it was captured with.
         outputs: structure of what the model returns.
         places: module path and source line of each node.
-        device: where the model is.
+        device: where the model is, meta if it is traced for another.
         asked: numbers of the arguments (tensors, in the order of `inputs`) of which the graph holds for the present
             `only_value` alone.
     """
@@ -73,6 +72,7 @@ def capture(
     tangents: Mapping[int, tuple[int, ...]] | None = None,
     likely: frozenset[int] | None = None,
     annotates: bool = False,
+    capability: tuple[int, int] | None = None,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -86,6 +86,7 @@ def capture(
         likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
             known.
         annotates: the model tells itself, op by op, where it comes from.
+        capability: trace as on a GPU of this compute capability a model that is on the meta device or the CPU.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -96,7 +97,7 @@ def capture(
     modules = {id(module): name for name, module in model.named_modules()}
     constants = Constants(tensors)
     traced = FunctionalModel(model, call, inputs, [x.is_leaf for x in tensors], constants)
-    device = device_of((*model.parameters(), *tensors))
+    device = torch.device("meta") if capability else device_of((*model.parameters(), *tensors))
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
@@ -106,13 +107,12 @@ def capture(
         constants,
         contextlib.ExitStack() as stack,
     ):
-        if device.type == "cuda":
-            stack.enter_context(descriptions_apart("on CUDA"))
-            stack.enter_context(right_views())
+        if capability or device.type == "cuda":
+            stack.enter_context(right_forms_on_cuda())
         else:
             stack.enter_context(right_strides())
         stack.enter_context(_backward_from(traced, tangents, likely))
-        module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors)))
+        module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors, capability)))
     outputs = traced.outputs
     if outputs is None:
         raise CaptureError("the model's forward was never called while it was captured")
@@ -196,6 +196,7 @@ def _export(
     """Export the joint graph with the first answers that allow it; also returns AOTAutograd's metadata."""
     stack.enter_context(torch.enable_grad())
     stack.enter_context(own_kernels())
+    stack.enter_context(kernels_on_cuda())
     stack.enter_context(checks_kept())
     failures: list[Exception] = []
     for told in _TOLD:

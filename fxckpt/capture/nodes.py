@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxckpt.upstream.determinism import draws_random_numbers, may_differ_when_repeated
 from fxckpt.upstream.operators import HigherOrderOperator, changes_arguments, is_operator, returns_nothing
 from fxckpt.upstream.pytree import tensors_in
 from fxckpt.upstream.tensors import device_of
 
 _NEVER_REPEATED_NAMESPACES = frozenset(("_c10d_functional", "c10d", "c10d_functional"))
-_RANDOM_ATEN = (torch.Tag.nondeterministic_seeded,)
 
 
 def value(node: fx.Node) -> Any:
@@ -34,7 +34,7 @@ def device(node: fx.Node) -> torch.device:
 
 def is_random(node: fx.Node) -> bool:
     """Whether the op draws from the random-number generator."""
-    return is_operator(node.target) and any(t in node.target.tags for t in _RANDOM_ATEN)
+    return is_operator(node.target) and draws_random_numbers(node.target, node.args, node.kwargs)
 
 
 def has_effects(node: fx.Node) -> bool:
@@ -62,7 +62,7 @@ def why_pinned(node: fx.Node) -> str:
             return "it changes its arguments"
         if returns_nothing(target):
             return "it looks at values and may raise an error"
-        if torch.Tag.nondeterministic_bitwise in target.tags:
+        if may_differ_when_repeated(target, node.args, node.kwargs, device(node).type):
             return "it may give another result when run again"
     return ""
 

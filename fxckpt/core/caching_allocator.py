@@ -16,8 +16,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import dataclass
 
-BLOCK_BYTES = 512
-"""Sizes of blocks are multiples of this [B]."""
+from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
 
 _MIB = 2**20
 _SMALL_BYTES = _MIB
@@ -26,11 +25,6 @@ _OWN_SEGMENT_BYTES = 10 * _MIB
 _SEGMENT_STEP_BYTES = 2 * _MIB
 _FIRST_DIVIDED = 20  # divisions are given for sizes from 2**20, from 2**21, and so on
 _FAR = 2**46  # between the addresses of small and of large expandable segments
-
-
-def whole_blocks(size_bytes: int) -> int:
-    """A size rounded up to whole blocks [B]; nothing takes nothing."""
-    return -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -57,11 +51,11 @@ class AllocatorSettings:
         if self.divisions:
             interval = min(max(size_bytes.bit_length() - 1 - _FIRST_DIVIDED, 0), len(self.divisions) - 1)
             divisions = self.divisions[interval]
-            if divisions > 1 and size_bytes > BLOCK_BYTES * divisions:
+            if divisions > 1 and size_bytes > CUDA_BLOCK_BYTES * divisions:
                 floor_bytes = 1 << (size_bytes.bit_length() - 1)
                 step_bytes = floor_bytes >> (divisions.bit_length() - 1)
                 return -(-size_bytes // step_bytes) * step_bytes
-        return whole_blocks(size_bytes)
+        return whole_blocks(size_bytes, CUDA_BLOCK_BYTES)
 
     def segment_bytes(self, rounded_bytes: int) -> int:
         """The segment that is made for a block which fits no free one [B]."""
@@ -190,7 +184,7 @@ class CachingAllocator:
         """Cut off what is more than wanted, where that is worth it."""
         remaining_bytes, settings = block.size_bytes - wanted_bytes, self.settings
         if block.is_small or settings.expandable_segments:
-            worth_it = remaining_bytes >= BLOCK_BYTES
+            worth_it = remaining_bytes >= CUDA_BLOCK_BYTES
         else:
             below = settings.max_split_bytes is None or wanted_bytes < settings.max_split_bytes
             worth_it = below and remaining_bytes > _SMALL_BYTES

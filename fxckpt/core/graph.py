@@ -49,6 +49,7 @@ class Graph:
             bytes are counted all the time.
         allocated_gradient_bytes: what those tensors take [B].
         reserved_bytes: memory that the caller declares, such as optimizer state [B].
+        library_bytes: memory that libraries keep for good once they have been called, such as cuBLAS's workspaces [B].
         alternatives: number of ops behind the plain ones.
     """
 
@@ -61,6 +62,7 @@ class Graph:
     gradients_allocated: bool = False
     allocated_gradient_bytes: int = 0
     reserved_bytes: int = 0
+    library_bytes: int = 0
     alternatives: int = 0
 
     @cached_property
@@ -126,9 +128,9 @@ class Graph:
     @cached_property
     def static_bytes(self) -> int:
         """Bytes of the device that are in use during the whole step: parameters, buffers, inputs, allocated gradients,
-        reserve [B]."""
+        reserve, what libraries keep [B]."""
         allocated = self.allocated_gradient_bytes if self.gradients_allocated else 0
-        return self.given_bytes("device") + self.reserved_bytes + allocated
+        return self.given_bytes("device") + self.reserved_bytes + self.library_bytes + allocated
 
     @cached_property
     def step_us(self) -> float:
@@ -320,4 +322,4 @@ def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
         }
     elif type(data["format"]) is not int or data["format"] != _FORMAT:
         raise ValueError(f"its format is {data['format']!r}, and {_FORMAT} is the latest that is known here")
-    return data
+    return {"library_bytes": 0, **data}  # some files of this format have none

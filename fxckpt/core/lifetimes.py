@@ -8,8 +8,9 @@ is the place where the original is free.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import compress
 
 from fxckpt.core.graph import Graph
 from fxckpt.core.schedule import Schedule, deliveries, departures, is_asynchronous
@@ -61,59 +62,82 @@ class _Flights:
                 self.dies[used] = end
 
 
-def lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
+@dataclass(frozen=True, slots=True)
+class Lives:
+    """All lifetimes of a schedule, in the order of their births, a list for each field of `Lifetime`."""
+
+    storages: list[int]
+    born: list[int]
+    dies: list[int]
+    recomputed: list[bool]
+
+    def __iter__(self) -> Iterator[Lifetime]:
+        rows = zip(self.storages, self.born, self.dies, self.recomputed, strict=True)
+        return (Lifetime(*row) for row in rows)
+
+
+def lifetimes(graph: Graph, schedule: Schedule) -> Lives:
     """Walk the schedule once and note for each copy of a storage when it is written and when it is last used."""
     split, end = schedule.forward_steps, len(schedule) - 1
     storages: list[int] = []
     born: list[int] = []
     dies: list[int] = []
     recomputed: list[bool] = []
-    current: dict[int, int] = {}  # storage -> its most recent copy
-    first: dict[int, int] = {}  # storage -> its first copy, the one that is handed out
+    current = [-1] * len(graph.storages)  # the most recent copy of each storage
+    first = [-1] * len(graph.storages)  # the first one, which is handed out
     executed: set[int] = set()
-    plain_count, flying = graph.plain_count, is_asynchronous(graph, schedule)
+    ops, plain_count, flying = graph.ops, graph.plain_count, is_asynchronous(graph, schedule)
     flights, leaving = _Flights(dies), departures(graph, schedule) if flying else {}
 
-    def write(storage: int, step: int, again: bool) -> None:
-        current[storage] = len(storages)
-        first.setdefault(storage, len(storages))
-        storages.append(storage)
-        born.append(step)
-        dies.append(step)
-        recomputed.append(again)
+    def write(written: Iterable[int], step: int, again: bool) -> None:
+        for storage in written:
+            current[storage] = len(storages)
+            if first[storage] < 0:
+                first[storage] = len(storages)
+            storages.append(storage)
+            born.append(step)
+            dies.append(step)
+            recomputed.append(again)
 
+    # Plans are searched for by walking some thousand schedules, so what is most frequent is written out here.
     for step, index in enumerate(schedule.order):
         if step == split:
-            for storage, info in enumerate(graph.storages):
-                if info.kind == "tangent":
-                    write(storage, step, again=False)
-        op = graph.ops[index]
+            write((s for s, info in enumerate(graph.storages) if info.kind == "tangent"), step, False)
+        op = ops[index]
         again = index in executed
         executed.add(index)
         for storage in op.reads:
-            if storage in current:  # what is there before the step has no copies
-                dies[current[storage]] = step
-        for storage in op.replay:
+            copy = current[storage]
+            if copy >= 0:  # what is there before the step has no copies
+                dies[copy] = step
+        if op.replay:
             if again:
-                dies[current[storage]] = step
+                for storage in op.replay:
+                    dies[current[storage]] = step
             else:
-                write(storage, step, again=False)
-        used = [current[s] for s in (*op.reads, *(op.replay if again else ())) if s in current] if flying else []
+                write(op.replay, step, False)
+        used = [current[s] for s in (*op.reads, *(op.replay if again else ())) if current[s] >= 0] if flying else []
         again = again and index < plain_count
         for storage in op.writes:
-            write(storage, step, again)
+            current[storage] = copy = len(storages)
+            if first[storage] < 0:
+                first[storage] = copy
+            storages.append(storage)
+            born.append(step)
+            dies.append(step)
+            recomputed.append(again)
         if flying:
             if index in graph.asynchronous:
                 flights.start(step, used, (current[s] for s in op.writes))
             else:
                 flights.wait(step, used)
-            flights.wait(step, (first[s] for s in leaving.get(step, ()) if s in first))
+            flights.wait(step, (first[s] for s in leaving.get(step, ()) if first[s] >= 0))
 
     for storage in graph.outputs:
-        if storage in first:
+        if first[storage] >= 0:
             dies[first[storage]] = end
     for storage in graph.updates:
-        if storage in first:
+        if first[storage] >= 0:
             dies[first[storage]] = max(dies[first[storage]], split - 1)
     if graph.gradients_allocated:
         for delivery in deliveries(graph, schedule):
@@ -121,12 +145,23 @@ def lifetimes(graph: Graph, schedule: Schedule) -> tuple[Lifetime, ...]:
                 dies[first[storage]] = max(dies[first[storage]], delivery.step)
     else:
         for storage in graph.gradients:
-            if storage in first:
+            if first[storage] >= 0:
                 dies[first[storage]] = end
     flights.land(end)
-    unread = graph.replayed
-    return tuple(
-        Lifetime(*life)
-        for life in zip(storages, born, dies, recomputed, strict=True)
-        if life[0] not in unread or life[2] > life[1]
+    return _without_unread(Lives(storages, born, dies, recomputed), graph.replayed)
+
+
+def _without_unread(lives: Lives, replayed: frozenset[int]) -> Lives:
+    """Of what exists to repeat an op, only what is read: that is not there in a schedule that does not repeat it."""
+    if not replayed:
+        return lives
+    read = [
+        storage not in replayed or dies > born
+        for storage, born, dies in zip(lives.storages, lives.born, lives.dies, strict=True)
+    ]
+    return Lives(
+        list(compress(lives.storages, read)),
+        list(compress(lives.born, read)),
+        list(compress(lives.dies, read)),
+        list(compress(lives.recomputed, read)),
     )

@@ -94,6 +94,14 @@ class Pareto:
         """The plan of the lowest peak."""
         return self.plans[0]
 
+    def budget_bytes(self, budget: str | int | float) -> int:
+        """What a budget means here: a size, bytes, or a fraction of the plain peak without what libraries keep [B].
+
+        Raises:
+            BudgetError: the budget makes no sense.
+        """
+        return within(budget, self.baseline.peak_bytes, self.graph.library_bytes)
+
     def at(self, budget: str | int | float) -> Plan:
         """The fastest of the plans that fits a budget: a size, bytes, or a fraction of the plain peak.
 
@@ -101,7 +109,7 @@ class Pareto:
             BudgetError: the budget makes no sense.
             InfeasibleBudgetError: it is below the floor.
         """
-        budget_bytes = within(budget, self.baseline.peak_bytes)
+        budget_bytes = self.budget_bytes(budget)
         fitting = [plan for plan in self.plans if plan.predicted.peak_bytes <= budget_bytes]
         if not fitting:
             floor_bytes = self.points[0].peak_bytes
@@ -155,7 +163,7 @@ class Pareto:
         Raises:
             MissingExtraError: matplotlib is not installed.
         """
-        budget_bytes = None if budget is None else within(budget, self.baseline.peak_bytes)
+        budget_bytes = None if budget is None else self.budget_bytes(budget)
         return plot_curve(
             self.points,
             baseline=self.baseline,

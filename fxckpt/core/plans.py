@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
 from fxckpt.core.graph import Graph
+from fxckpt.core.replay import Blocks
 from fxckpt.core.schedule import Schedule, plain
 from fxckpt.core.simulate import Figures, Timeline, simulate
 from fxckpt.errors import InvalidScheduleError, PlanFormatError
@@ -33,6 +34,8 @@ class Plan:
         solver: name of the solver that found it.
         cost_model: name of the cost model behind all times.
         budget_bytes: the budget that it had to fit [B].
+        blocks: what it takes by the rule of the device's caching allocator, if it is planned for one. Not in files: it
+            depends on how the allocator is set.
     """
 
     graph: Graph
@@ -40,19 +43,27 @@ class Plan:
     solver: str
     cost_model: str
     budget_bytes: int
+    blocks: Blocks | None = field(default=None, compare=False)
 
     @classmethod
     def of(
-        cls, timeline: Timeline, *, solver: str, cost_model: str, budget_bytes: int, baseline: Timeline | None = None
+        cls,
+        timeline: Timeline,
+        *,
+        solver: str,
+        cost_model: str,
+        budget_bytes: int,
+        baseline: Timeline | None = None,
+        blocks: Blocks | None = None,
     ) -> Plan:
         """The plan to run what has been simulated already, and so need not be again.
 
         Args:
             timeline: the step, as a solver's `Solution` has it.
-            solver, cost_model, budget_bytes: as for `Plan`.
+            solver, cost_model, budget_bytes, blocks: as for `Plan`.
             baseline: the simulated plain step, where that is known too.
         """
-        plan = cls(timeline.graph, timeline.schedule, solver, cost_model, budget_bytes)
+        plan = cls(timeline.graph, timeline.schedule, solver, cost_model, budget_bytes, blocks)
         known = {"timeline": timeline, "baseline_timeline": baseline}
         plan.__dict__.update({name: value for name, value in known.items() if value is not None})
         return plan
@@ -76,6 +87,11 @@ class Plan:
     def baseline(self) -> Figures:
         """Cost of the plain model."""
         return Figures.of(self.baseline_timeline)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak that a budget bounds: in blocks, where it is planned for a caching allocator [B]."""
+        return self.predicted.peak_bytes if self.blocks is None else self.blocks.plan.allocated_bytes
 
     @property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ a read means the most recent execution of the op that writes the storage, and a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -31,10 +32,7 @@ class Schedule:
 
     def repeats(self) -> dict[int, int]:
         """For each op that runs more than once, how often it is repeated."""
-        counts: dict[int, int] = {}
-        for op in self.order:
-            counts[op] = counts.get(op, -1) + 1
-        return {op: count for op, count in counts.items() if count}
+        return {op: count - 1 for op, count in Counter(self.order).items() if count > 1}
 
     def repeated_steps(self) -> list[int]:
         """The steps that run an op which has run before."""
@@ -120,20 +118,20 @@ def check(graph: Graph, schedule: Schedule) -> None:
         raise InvalidScheduleError(f"forward_steps is {schedule.forward_steps} of {len(schedule)} steps")
     available = {i for i, s in enumerate(graph.storages) if s.kind in RESIDENT}
     executed: set[int] = set()
+    ops, count = graph.ops, len(graph.ops)
     for step, index in enumerate(schedule.order):
-        if not 0 <= index < len(graph.ops):
+        if not 0 <= index < count:
             raise InvalidScheduleError(f"step {step} names op {index}, but there are {len(graph.ops)}")
         if step == schedule.forward_steps:
             _check_forward_ended(graph, available, executed)
             available |= {i for i, s in enumerate(graph.storages) if s.kind == "tangent"}
-        op = graph.ops[index]
+        op = ops[index]
         if step < schedule.forward_steps and graph.forward_count <= index < graph.plain_count:
             raise InvalidScheduleError(f"step {step} runs the backward op {op.name} in forward")
         if index in executed and op.pinned:
             raise InvalidScheduleError(f"step {step} repeats {op.name}, which must run once: {op.pinned}")
-        missing = [s for s in op.reads if s not in available]
-        if missing:
-            name = graph.storages[missing[0]].name
+        if not available.issuperset(op.reads):
+            name = graph.storages[next(s for s in op.reads if s not in available)].name
             raise InvalidScheduleError(f"step {step} runs {op.name}, which reads {name} before anything writes it")
         executed.add(index)
         available.update(op.writes)

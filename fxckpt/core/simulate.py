@@ -8,7 +8,7 @@ follow from the order alone (`core.lifetimes`), time from the clocks of the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import fsum
@@ -21,7 +21,7 @@ from fxckpt.core import engines
 from fxckpt.core import schedule as schedules
 from fxckpt.core.engines import Clocks, Times
 from fxckpt.core.graph import RESIDENT, Graph, Place
-from fxckpt.core.lifetimes import Lifetime, lifetimes
+from fxckpt.core.lifetimes import Lifetime, Lives, lifetimes
 from fxckpt.core.schedule import Schedule
 
 PeakKind = Literal[
@@ -31,6 +31,7 @@ PeakKind = Literal[
     "saved",
     "recomputed",
     "temporaries",
+    "libraries",
     "reserved",
 ]
 PEAK_KINDS: tuple[PeakKind, ...] = PeakKind.__args__  # type: ignore[attr-defined]
@@ -43,7 +44,7 @@ class Timeline:
 
     Attributes:
         graph, schedule: what was simulated.
-        lifetimes: every copy of every storage that the step allocates.
+        lives: every copy of every storage that the step allocates, as lists.
         live_bytes: bytes of the device in use during each step, workspace included; shape (steps,) [B].
         step_us: time of the whole step [µs].
         recompute_us: the part of it that computes what the plain step has computed or does not need [µs].
@@ -51,10 +52,15 @@ class Timeline:
 
     graph: Graph
     schedule: Schedule
-    lifetimes: tuple[Lifetime, ...] = field(compare=False)
+    lives: Lives = field(compare=False, repr=False)
     live_bytes: npt.NDArray[np.int64] = field(compare=False)
     step_us: float = field(compare=False)
     recompute_us: float = field(compare=False)
+
+    @cached_property
+    def lifetimes(self) -> tuple[Lifetime, ...]:
+        """Every copy of every storage that the step allocates."""
+        return tuple(self.lives)
 
     @cached_property
     def peak_step(self) -> int:
@@ -71,7 +77,8 @@ class Timeline:
         """Storages that take the device's memory from forward into backward only because backward reads them."""
         split, storages = self.schedule.forward_steps, self.graph.storages
         outputs = frozenset(self.graph.outputs)
-        lasting = (x.storage for x in self.lifetimes if x.born < split <= x.dies and x.storage not in outputs)
+        spans = zip(self.lives.storages, self.lives.born, self.lives.dies, strict=True)
+        lasting = (s for s, born, dies in spans if born < split <= dies and s not in outputs)
         return tuple(s for s in lasting if storages[s].place == "device")
 
     @cached_property
@@ -115,7 +122,7 @@ class Timeline:
         for kind, life in zip(self.kinds, self.lifetimes, strict=True):
             lives[kind].append(life)
         static_bytes = self._static_bytes_by_kind()
-        live_bytes = {kind: static_bytes[kind] + _sums(lives[kind], sizes_bytes, steps) for kind in PEAK_KINDS}
+        live_bytes = {kind: static_bytes[kind] + _sums(_spans(lives[kind]), sizes_bytes, steps) for kind in PEAK_KINDS}
         live_bytes["temporaries"] += _workspace_bytes(self.graph, self.schedule)
         return live_bytes
 
@@ -124,7 +131,7 @@ class Timeline:
         if place == "device":
             return self.live_bytes
         static_bytes = self.graph.given_bytes(place)
-        return static_bytes + _sums(self.lifetimes, self.graph.sizes_bytes(place), len(self.schedule))
+        return static_bytes + _sums(_spans(self.lifetimes), self.graph.sizes_bytes(place), len(self.schedule))
 
     @cached_property
     def kinds(self) -> tuple[PeakKind, ...]:
@@ -163,6 +170,7 @@ class Timeline:
                 kind: PeakKind = "inputs and outputs" if storage.kind == "input" else "parameters and buffers"
                 sums[kind] += storage.size_bytes
         sums["reserved"] = graph.reserved_bytes
+        sums["libraries"] = graph.library_bytes
         sums["gradients"] = graph.allocated_gradient_bytes if graph.gradients_allocated else 0
         return sums
 
@@ -197,19 +205,24 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
     """
     schedules.check(graph, schedule)
     lives = lifetimes(graph, schedule)
-    live_bytes = _sums(lives, graph.sizes_bytes("device"), len(schedule))
+    spans = zip(lives.storages, lives.born, lives.dies, strict=True)
+    live_bytes = _sums(spans, graph.sizes_bytes("device"), len(schedule))
     live_bytes += graph.static_bytes + _workspace_bytes(graph, schedule)
     recompute_us = fsum(graph.ops[i].time_us * count for i, count in _again(graph, schedule).items())
     return Timeline(graph, schedule, lives, live_bytes, engines.step_us(graph, schedule), recompute_us)
 
 
-def _sums(lives: Iterable[Lifetime], sizes_bytes: Sequence[int], steps: int) -> npt.NDArray[np.int64]:
-    """Bytes of all that is live in each step [B]."""
+def _spans(lives: Iterable[Lifetime]) -> Iterator[tuple[int, int, int]]:
+    return ((life.storage, life.born, life.dies) for life in lives)
+
+
+def _sums(spans: Iterable[tuple[int, int, int]], sizes_bytes: Sequence[int], steps: int) -> npt.NDArray[np.int64]:
+    """Bytes of all that is live in each step [B], from storages and the first and last steps that they live in."""
     change = [0] * (steps + 1)
-    for life in lives:
-        size_bytes = sizes_bytes[life.storage]
-        change[life.born] += size_bytes
-        change[life.dies + 1] -= size_bytes
+    for storage, born, dies in spans:
+        size_bytes = sizes_bytes[storage]
+        change[born] += size_bytes
+        change[dies + 1] -= size_bytes
     return np.cumsum(np.array(change[:steps], dtype=np.int64))
 
 

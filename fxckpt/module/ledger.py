@@ -19,7 +19,7 @@ from fxckpt.core.shares import Offer, lean, peak_bytes, resident_bytes, share, s
 from fxckpt.core.simulate import Timeline
 from fxckpt.errors import OverBudgetWarning
 from fxckpt.pipeline import Compiled
-from fxckpt.units import format_bytes
+from fxckpt.units import format_bytes, within
 from fxckpt.upstream.dispatch import backwards_context
 
 
@@ -159,7 +159,8 @@ class Ledger:
         calls = [known for reference in kept if (known := reference()) is not None]
         others = {id(c.owner): c for c in calls if c.owner is not call.owner}
         beside_bytes = sum(seat.held_bytes for seat in self._seats)
-        beside_bytes += sum(resident_bytes(c.expected.profile.graph) for c in others.values())
+        graphs = [c.expected.profile.graph for c in others.values()]
+        beside_bytes += sum(resident_bytes(graph) - graph.library_bytes for graph in graphs)  # libraries serve all
         timelines = [plan.timeline, *call.timelines(gradients_allocated=allocated)]
         fitting = [t for t in timelines if t.peak_bytes + beside_bytes <= plan.budget_bytes]
         best = min(fitting or timelines, key=lambda t: t.step_us if fitting else t.peak_bytes)
@@ -200,11 +201,12 @@ def _beside_bytes(calls: Sequence[Call], with_gradients: Collection[int], gradie
 
     Gradients are there for all models, if they are allocated, else for those whose ids are in `with_gradients`.
     """
-    sum_bytes = 0
+    sum_bytes = library_bytes = 0
     for key, call in {id(c.owner): c for c in calls}.items():
-        there = gradients_allocated or key in with_gradients
-        sum_bytes += resident_bytes(call.expected.profile.graph.with_gradients(there))
-    return sum_bytes
+        graph = call.expected.profile.graph.with_gradients(gradients_allocated or key in with_gradients)
+        sum_bytes += resident_bytes(graph) - graph.library_bytes
+        library_bytes = max(library_bytes, graph.library_bytes)  # they serve all models
+    return sum_bytes + library_bytes
 
 
 def _budget_bytes(call: Call, offers: Sequence[Sequence[Offer]], beside_bytes: int) -> int:
@@ -212,7 +214,8 @@ def _budget_bytes(call: Call, offers: Sequence[Sequence[Offer]], beside_bytes: i
     if call.fraction is None:
         return call.expected.plan.budget_bytes
     plain = tuple(len(ways) - 1 for ways in offers)
-    return int(call.fraction * (peak_bytes(offers, plain) + beside_bytes))
+    kept_bytes = call.expected.profile.graph.library_bytes
+    return within(call.fraction, peak_bytes(offers, plain) + beside_bytes, kept_bytes)
 
 
 def _warn(reached_bytes: int, budget_bytes: int, more: str = "") -> None:

@@ -17,6 +17,7 @@ from fxckpt.options import Options
 from fxckpt.pipeline import profile_of, profile_step
 from fxckpt.profile.build import Profile
 from fxckpt.upstream.dynamo import NotTraced, Traced, TracedGraph
+from fxckpt.upstream.gpu_choices import capability_of
 from fxckpt.upstream.meta import made_present
 from fxckpt.upstream.tensors import device_of
 
@@ -34,16 +35,27 @@ def profile_call(
 ) -> Profile:
     """Capture the step that a call of `model` takes, and attach bytes and times to it.
 
-    Nothing is computed. Where parameters or arguments are on the meta device all are described as if on the CPU.
+    Nothing is computed. Where parameters or arguments are on the meta device all are described as if on the CPU, or on
+    the GPU that is planned for.
 
     Raises:
         CaptureError: the model can't be captured as one graph.
     """
-    traced = functools.partial(
-        profile_step, model, args, kwargs, options, forward=model.forward, gradients_allocated=gradients_allocated
-    )
     tensors, structure = take_apart((tuple(args), kwargs))
     device = device_of((*model.parameters(), *tensors))
+    capability = None if device.type == "cuda" else capability_of(_name(options))
+    if capability is not None:
+        device = torch.device("meta")  # where no op can be run
+    traced = functools.partial(
+        profile_step,
+        model,
+        args,
+        kwargs,
+        options,
+        forward=model.forward,
+        gradients_allocated=gradients_allocated,
+        capability=capability,
+    )
 
     def make(graph: TracedGraph) -> Callable[..., Any]:
         lifted = Lifted(graph, model)
@@ -65,7 +77,7 @@ def profile_call(
         return profile
 
     try:
-        with made_present(model, tensors) as given:
+        with made_present(model, tensors, capability) as given:
             some_args, some_kwargs = put_together(structure, iter(given))
             Traced(model.forward, make)(*some_args, **some_kwargs)
     except _Profiled as end:
@@ -73,3 +85,8 @@ def profile_call(
     except (NotTraced, CaptureError):
         pass
     return traced()
+
+
+def _name(options: Options) -> str:
+    device = options.device
+    return device if isinstance(device, str) else "" if device is None else device.name

@@ -14,11 +14,12 @@ from fxckpt.capture.nodes import device, has_effects, is_random, tensors, value,
 from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
+from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
 from fxckpt.upstream.pytree import tree_map_only
 from fxckpt.upstream.tensors import memory_bytes
 
 _CPU_STATE_BYTES = 5056
-_CUDA_STATE_BYTES = 16
+_CUDA_STATE_BYTES = 0  # that of a GPU's generator is held on the host
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ class Profile:
         return tuple(node for part in self.parts for node in part)
 
 
-def build(joint: JointGraph, cost: CostModel) -> Profile:
-    """Build the `Graph` of a captured step, with times and workspaces by a cost model."""
-    map_ = map_storages(joint)
+def build(joint: JointGraph, cost: CostModel, block_bytes: int = 1) -> Profile:
+    """Build the `Graph` of a captured step, with times and workspaces by a cost model; `block_bytes` as for
+    `map_storages`."""
+    map_ = map_storages(joint, block_bytes)
     working = working_nodes(joint, map_)
     nodes = [n for n in working if n in map_.forward] + [n for n in working if n not in map_.forward]
     replayed = _ReplayedStorages(joint, map_)
@@ -71,7 +73,7 @@ def build(joint: JointGraph, cost: CostModel) -> Profile:
         outputs=_behind(map_, [o.node for o in roles.outputs]),
         updates=_behind(map_, [i.update for i in roles.inputs if i.update is not None]),
         gradients=_behind(map_, gradients),
-        allocated_gradient_bytes=sum(_size_bytes(g) for g in gradients),
+        allocated_gradient_bytes=sum(_size_bytes(g, block_bytes) for g in gradients),
     )
     graph.check()
     return Profile(joint, map_, tuple((node,) for node in nodes), graph)
@@ -155,5 +157,7 @@ def _state_bytes(node: fx.Node) -> int:
     return _CPU_STATE_BYTES if device(node).type in ("cpu", "meta") else _CUDA_STATE_BYTES
 
 
-def _size_bytes(node: fx.Node) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors(node))
+def _size_bytes(node: fx.Node, block_bytes: int) -> int:
+    """Bytes of tensors of the form of an op's results [B]."""
+    block_bytes = CUDA_BLOCK_BYTES if device(node).type == "cuda" else block_bytes
+    return sum(whole_blocks(t.numel() * t.element_size(), block_bytes) for t in tensors(node))

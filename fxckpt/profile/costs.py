@@ -13,7 +13,8 @@ from fxckpt.capture.joint import JointGraph
 from fxckpt.errors import BudgetError
 from fxckpt.profile import cost_cache as files
 from fxckpt.profile.build import CostModel, OpCost, working_nodes
-from fxckpt.profile.devices import DEVICES, DeviceProfile, named, of_driver
+from fxckpt.profile.calibrate import profile_of
+from fxckpt.profile.devices import DEVICES, DeviceProfile, named
 from fxckpt.profile.estimate import estimate_us
 from fxckpt.profile.known import kept
 from fxckpt.profile.measure import correct_private, measured
@@ -54,12 +55,16 @@ def cost_model(
             'use cost_model="measure" on a real device, or leave it out'
         )
     file = files.default_file() if cost_cache == "auto" else None if cost_cache == "off" else Path(cost_cache)
-    estimate = estimated(DEVICES["reference"] if name == "reference" else device_profile(joint.device, device))
+    default = cost_cache == "auto"
+    if name == "reference":
+        estimate = estimated(DEVICES["reference"])
+    else:
+        estimate = estimated(device_profile(joint.device, device, file, default=default))
     if not runs:
         return estimate
     nodes = working_nodes(joint)
     correct_private(nodes, given)
-    with kept(file, nodes, default=cost_cache == "auto"):
+    with kept(file, nodes, default=default):
         return measured(nodes, estimate, times=name == "measure", given=given)
 
 
@@ -75,21 +80,30 @@ def estimated(device: DeviceProfile) -> CostModel:
     return lambda node: OpCost(estimate_us(node, device))
 
 
-def device_profile(device: torch.device, wanted: str | DeviceProfile | None) -> DeviceProfile:
+def device_profile(
+    device: torch.device, wanted: str | DeviceProfile | None, file: Path | None = None, *, default: bool = False
+) -> DeviceProfile:
     """The profile that a user named, else that of the model's device; an A100's for a model on the meta device.
 
+    A CUDA device that is there is measured, once: what is measured is kept in a file as for `known.kept`.
+
     Raises:
-        BudgetError: there is no profile of this name.
+        BudgetError: there is no profile of this name, or no CUDA device.
+        CostCacheError: the file that was named is damaged, or can't be read or written.
     """
     if isinstance(wanted, DeviceProfile):
         return wanted
-    if wanted is not None:
+    if wanted is not None and wanted != "cuda":
         profile = named(wanted)
         if profile is None:
             raise BudgetError(
-                f"there is no device {wanted!r}; choose one of {', '.join(DEVICES)}, or give a DeviceProfile"
+                f"there is no device {wanted!r}; choose one of {', '.join(DEVICES)}, cuda, or give a DeviceProfile"
             )
         return profile
-    if device.type == "cuda":
-        return of_driver(torch.cuda.get_device_name(device)) or DEVICES["A100"]
-    return DEVICES["A100" if device.type == "meta" else "cpu"]
+    if wanted == "cuda" or device.type == "cuda":
+        if torch.cuda.is_available():
+            place = device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+            return profile_of(place, file, default=default)
+        if wanted == "cuda":
+            raise BudgetError('device="cuda" is the CUDA device at hand, but there is none: name one, such as "H100"')
+    return DEVICES["cpu" if device.type == "cpu" else "A100"]

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fxckpt.units import CUDA_BLOCK_BYTES
+
 
 @dataclass(frozen=True)
 class DeviceProfile:
@@ -27,6 +29,8 @@ class DeviceProfile:
         host_bytes_per_s: copies to or from the host's memory, in one direction; 0 if that is not known [B/s].
         link_bytes_per_s: copies to or from other devices, all links together, in one direction; 0 if there are no links
             of their own, or if that is not known [B/s].
+        blas_bytes: what torch gives the library of matrix products to work in, for each thread, if it is not told
+            otherwise [B].
         aliases: other names, and parts of names by which drivers call it.
         source: where the figures are from.
     """
@@ -41,6 +45,7 @@ class DeviceProfile:
     link_bytes_per_s: float = 0.0
     aliases: tuple[str, ...] = ()
     source: str = ""
+    blas_bytes: int = 0
 
     def is_called(self, name: str) -> bool:
         """Whether this is one of its names, however it is written."""
@@ -49,7 +54,8 @@ class DeviceProfile:
 
 _PCIE_4, _PCIE_5 = 31.5e9, 63.0e9
 """Sixteen lanes of 16 or 32 GT/s at 128b/130b, in one direction [B/s]."""
-_LAUNCH_US, _BLOCK_BYTES = 4.0, 512  # torch's caching allocator hands out blocks of 512 B
+_LAUNCH_US, _BLOCK_BYTES = 4.0, CUDA_BLOCK_BYTES
+_BLAS = {"usual": 8 * 2**20 + 2**17, "Hopper, Blackwell": 2**25, "MI300": 2**27}  # torch's CublasHandlePool.cpp
 
 
 def _tera(float32: float, tf32: float, half: float, float64: float, float8: float = 0.0) -> dict[str, float]:
@@ -81,6 +87,7 @@ _PROFILES = (
         300e9,
         ("A100 80GB", "A100-SXM4-80GB", "A100 SXM"),
         "NVIDIA A100 Tensor Core GPU data sheet (A100 80GB SXM)",
+        _BLAS["usual"],
     ),
     DeviceProfile(
         "H100",
@@ -93,6 +100,7 @@ _PROFILES = (
         450e9,
         ("H100 SXM", "H100 80GB HBM3", "H100 80GB"),
         "NVIDIA H100 Tensor Core GPU data sheet (H100 SXM)",
+        _BLAS["Hopper, Blackwell"],
     ),
     DeviceProfile(
         "H200",
@@ -105,6 +113,7 @@ _PROFILES = (
         450e9,
         ("H200 SXM", "H200 141GB"),
         "NVIDIA H200 Tensor Core GPU data sheet (H200 SXM)",
+        _BLAS["Hopper, Blackwell"],
     ),
     DeviceProfile(
         "B200",
@@ -117,6 +126,7 @@ _PROFILES = (
         900e9,
         ("B200 SXM", "HGX B200", "DGX B200"),
         "NVIDIA Blackwell Architecture Technical Brief (HGX B200), NVIDIA DGX B200 data sheet (memory)",
+        _BLAS["Hopper, Blackwell"],
     ),
     DeviceProfile(
         "L40S",
@@ -129,6 +139,7 @@ _PROFILES = (
         0.0,
         (),
         "NVIDIA L40S data sheet; float64 by the ratio of 1:64 of the NVIDIA Ada GPU Architecture white paper",
+        _BLAS["usual"],
     ),
     DeviceProfile(
         "RTX 4090",
@@ -141,6 +152,7 @@ _PROFILES = (
         0.0,
         ("GeForce RTX 4090", "4090"),
         "NVIDIA Ada GPU Architecture white paper, appendix A (sums kept in float32)",
+        _BLAS["usual"],
     ),
     DeviceProfile(
         "RTX 5090",
@@ -153,6 +165,7 @@ _PROFILES = (
         0.0,
         ("GeForce RTX 5090", "5090"),
         "NVIDIA RTX Blackwell GPU Architecture white paper, appendix A (sums kept in float32)",
+        _BLAS["Hopper, Blackwell"],
     ),
     DeviceProfile(
         "MI300X",
@@ -165,6 +178,7 @@ _PROFILES = (
         448e9,
         ("AMD Instinct MI300X", "Instinct MI300X"),
         "AMD Instinct MI300X Accelerator data sheet",
+        _BLAS["MI300"],
     ),
 )
 

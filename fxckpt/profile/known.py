@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def key_of(node: fx.Node) -> Key:
     return op_form(node), settings()
 
 
-@contextmanager
+@contextlib.contextmanager
 def kept(file: Path | None, nodes: Sequence[fx.Node], *, default: bool = False) -> Iterator[None]:
     """Costs are known that a file holds; what is measured meanwhile for `nodes` is added to it.
 
@@ -70,22 +70,29 @@ def kept(file: Path | None, nodes: Sequence[fx.Node], *, default: bool = False) 
     Raises:
         CostCacheError: the file is damaged, or can't be read or written.
     """
+    places: dict[torch.device, dict[str, Key]] = {}
+    for node in nodes if file is not None else ():
+        key = key_of(node)
+        places.setdefault(device(node), {})[cost_cache.without_index(key[0])] = key
+    with contextlib.ExitStack() as stack:
+        for place, keys in places.items():
+            stack.enter_context(kept_on(file, place, keys, default=default))
+        yield
+
+
+@contextlib.contextmanager
+def kept_on(file: Path | None, place: torch.device, keys: dict[str, Key], *, default: bool) -> Iterator[None]:
+    """The same for what is measured on one device, by the names under which the file has it."""
     if file is None:
         yield
         return
-    places: dict[torch.device, dict[str, Key]] = {}
-    for node in nodes:
-        key = key_of(node)
-        places.setdefault(device(node), {})[cost_cache.without_index(key[0])] = key
-    machines = {place: cost_cache.machine_name(place) for place in places}
-    for place, keys in places.items():
-        _read(file, machines[place], keys, default=default)
-    before = {key: KNOWN.of(key) for keys in places.values() for key in keys.values()}
+    machine = cost_cache.machine_name(place)
+    _read(file, machine, keys, default=default)
+    before = {key: KNOWN.of(key) for key in keys.values()}
     yield
-    for place, keys in places.items():
-        fresh = {form: cost for form, key in keys.items() if (cost := KNOWN.of(key)) != before[key]}
-        if fresh:
-            cost_cache.write(file, machines[place], fresh, default=default)
+    fresh = {form: cost for form, key in keys.items() if (cost := KNOWN.of(key)) != before[key]}
+    if fresh:
+        cost_cache.write(file, machine, fresh, default=default)
 
 
 def _read(file: Path, machine: str, keys: dict[str, Key], *, default: bool) -> None:

@@ -27,7 +27,7 @@ from fxckpt.profile.clock import clock_of
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.known import KNOWN, Key, key_of
 from fxckpt.profile.standalone import Call, NoMemoryError, NotRunnableError, Standalone, try_run, with_memory
-from fxckpt.profile.workspace import peaks
+from fxckpt.profile.workspace import workspaces
 
 _LEFT_OUT = 0.01  # the share of the step's estimated time that is not measured
 _LONGEST_S = 60.0  # when measuring times has taken so long, the rest is estimated
@@ -88,15 +88,15 @@ def _measure_workspaces(distinct: Mapping[Key, fx.Node], run: Standalone) -> dic
     lacking: dict[Key, fx.Node] = {}
     for place, some in _by_device(fresh).items():
         calls: dict[str, Callable[[], Call]] = {k[0]: functools.partial(run.call, n) for k, n in some.items()}
-        found = peaks(calls, place)
+        found = workspaces(calls, place)
         for key, node in some.items():
-            peak = found[key[0]]
-            if isinstance(peak, NoMemoryError):
+            taken = found[key[0]]
+            if isinstance(taken, NoMemoryError):
                 lacking[key] = node
-            elif isinstance(peak, NotRunnableError):
+            elif isinstance(taken, NotRunnableError):
                 KNOWN.refused.add(key)
             else:
-                KNOWN.workspace_bytes[key] = max(0, peak - written_bytes(node))
+                KNOWN.workspace_bytes[key] = taken
     if lacking:
         _warn_of_memory(lacking.values(), "their workspaces are guessed from those of smaller ops of the same kind")
     return {key: _guess_bytes(node, distinct) for key, node in lacking.items()}

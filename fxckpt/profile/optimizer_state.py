@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from fxckpt.errors import BudgetError
+from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
 from fxckpt.upstream.pytree import tensors_in
+from fxckpt.upstream.tensors import device_of
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer | str, parameters: Iterable[torch.Tensor] = ()) -> int:
@@ -25,12 +27,13 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer | str, parameters: It
         BudgetError: there is no optimizer of that name, or it can't step on the meta device.
     """
     if isinstance(optimizer, str):
-        groups = _groups([{"params": list(parameters)}])
-        return _stepped_bytes(check_name(optimizer), groups) if groups else 0
-    if optimizer.state:
+        kind, given = check_name(optimizer), [{"params": list(parameters)}]
+    elif optimizer.state:
         return _tensor_bytes(optimizer.state)
-    groups = _groups(optimizer.param_groups)
-    return _stepped_bytes(type(optimizer), groups) if groups else 0
+    else:
+        kind, given = type(optimizer), optimizer.param_groups
+    groups = _groups(given)
+    return _stepped_bytes(kind, groups, *_places(given)) if groups else 0
 
 
 def check_name(name: str) -> Any:
@@ -57,7 +60,14 @@ def _groups(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return made
 
 
-def _stepped_bytes(kind: Any, groups: list[dict[str, Any]]) -> int:
+def _places(groups: Iterable[dict[str, Any]]) -> tuple[torch.device, torch.device]:
+    """Where tensors of the state are that the copy has with its parameters, and those that it has on the CPU."""
+    groups = list(groups)
+    place = device_of(p for group in groups for p in group["params"] if p.requires_grad)
+    return place, place if any(group.get("fused") for group in groups) else torch.device("cpu")
+
+
+def _stepped_bytes(kind: Any, groups: list[dict[str, Any]], place: torch.device, other: torch.device) -> int:
     try:
         copy = kind(groups)
         copy.step()
@@ -66,8 +76,15 @@ def _stepped_bytes(kind: Any, groups: list[dict[str, Any]]) -> int:
             f"the state of {kind.__name__} can't be foretold ({error}): run one step of it first, or declare its bytes "
             "with reserve="
         ) from error
-    return _tensor_bytes(copy.state)
+    return _tensor_bytes(copy.state, place, other)
 
 
-def _tensor_bytes(state: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors_in(list(state.values())))
+def _tensor_bytes(state: Any, place: torch.device | None = None, other: torch.device | None = None) -> int:
+    """Bytes of a state, its tensors being where they are or, if they are on the meta device or not, in these places."""
+    sizes_bytes: dict[str, int] = {}
+    for tensor in tensors_in(list(state.values())):
+        there = (place if tensor.is_meta else other) or tensor.device
+        size_bytes = tensor.numel() * tensor.element_size()
+        block_bytes = CUDA_BLOCK_BYTES if there.type == "cuda" else 1
+        sizes_bytes[there.type] = sizes_bytes.get(there.type, 0) + whole_blocks(size_bytes, block_bytes)
+    return sizes_bytes["cuda"] if "cuda" in sizes_bytes else sum(sizes_bytes.values())

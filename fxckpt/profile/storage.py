@@ -8,10 +8,10 @@ import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import is_selection, value
+from fxckpt.capture.nodes import is_selection, tensors, value
 from fxckpt.capture.roles import InputKind
 from fxckpt.core.graph import Storage, StorageKind
-from fxckpt.upstream.tensors import storage_key
+from fxckpt.upstream.tensors import occupied_bytes, storage_key
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,18 @@ class StorageMap:
         return tuple(dict.fromkeys(self.behind[n] for n in node.all_input_nodes if n in self.behind))
 
 
-def map_storages(joint: JointGraph) -> StorageMap:
+def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:
     """Group the tensors of the graph by the memory they live in.
 
     Fake tensors share storages exactly as the real ones will, so identity of their storages is what counts.
+
+    Args:
+        joint: the captured step.
+        block_bytes: sizes are rounded up to multiples of this, as the allocator of the device does that a step is
+            planned for which was traced as if on the CPU [B].
     """
     graph = joint.module.graph
+    on_cuda = any(t.device.type == "cuda" for node in graph.nodes if node.op == "placeholder" for t in tensors(node))
     forward = forward_nodes(joint)
     kinds = _given_kinds(joint)
     storages: list[Storage] = []
@@ -52,8 +58,9 @@ def map_storages(joint: JointGraph) -> StorageMap:
     behind: dict[fx.Node, int] = {}
     writes: dict[fx.Node, tuple[int, ...]] = {}
 
-    def add(name: str, size_bytes: int, kind: StorageKind) -> int:
-        storages.append(Storage(name, size_bytes, kind))
+    def add(name: str, tensor: torch.Tensor, kind: StorageKind) -> int:
+        is_aside = on_cuda and tensor.device.type == "cpu"  # seeds and numbers, which take nothing of the device
+        storages.append(Storage(name, 0 if is_aside else occupied_bytes(tensor, block_bytes), kind))
         return len(storages) - 1
 
     for node in graph.nodes:
@@ -65,7 +72,7 @@ def map_storages(joint: JointGraph) -> StorageMap:
             if isinstance(tensor, torch.Tensor):
                 key = storage_key(tensor)
                 if key not in index_of:
-                    index_of[key] = add(node.name, tensor.untyped_storage().nbytes(), kinds.get(node, "buffer"))
+                    index_of[key] = add(node.name, tensor, kinds.get(node, "buffer"))
                 behind[node] = index_of[key]
             continue
         if is_selection(node):
@@ -78,7 +85,7 @@ def map_storages(joint: JointGraph) -> StorageMap:
         for name, tensor in outputs:
             key = storage_key(tensor)
             if key not in index_of:
-                index_of[key] = add(name, tensor.untyped_storage().nbytes(), kind)
+                index_of[key] = add(name, tensor, kind)
                 written.append(index_of[key])
         if isinstance(made, torch.Tensor):
             behind[node] = index_of[storage_key(made)]

@@ -10,58 +10,44 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 
 from fxckpt.profile.standalone import Call, NoMemoryError, NotRunnableError, try_run, with_memory
-from fxckpt.upstream.allocator import allocation_changes, peak_allocated_bytes
+from fxckpt.units import CUDA_BLOCK_BYTES
+from fxckpt.upstream.allocator import allocation_changes
 
-_MARK_BYTES = 14_407  # the size of an allocation that stands between two ops in the list of allocations
+_MARK_BYTES = {"cpu": 14_407, "cuda": 2039 * CUDA_BLOCK_BYTES}
+"""By kind of device the size of an allocation that stands between two ops in the list of allocations [B]."""
 
 Failure = NotRunnableError | NoMemoryError
-Peaks = dict[str, int | Failure]
-"""By the name of a call: its peak [B], or why there is none."""
+Workspaces = dict[str, int | Failure]
+"""By the name of a call: its workspace [B], or why there is none."""
 
 
-def peaks(calls: Mapping[str, Callable[[], Call]], device: torch.device) -> Peaks:
-    """The most bytes in use while each call runs, results among them, above those in use before it [B].
+def workspaces(calls: Mapping[str, Callable[[], Call]], device: torch.device) -> Workspaces:
+    """The most bytes in use while each call runs, above those that its results take when it ends [B].
+
+    The calls run one after another under one profiler, with a marking allocation before and after each. What is
+    allocated once and then kept, such as handles and their buffers, is no workspace: each runs once before.
 
     Args:
         calls: makes each call, or raises why it can't be made.
         device: where they run.
     """
-    return _peaks_on_cpu(calls) if device.type == "cpu" else _peaks_elsewhere(calls, device)
-
-
-def _peaks_elsewhere(calls: Mapping[str, Callable[[], Call]], device: torch.device) -> Peaks:
-    """Read off the allocator's counters, call by call."""
-    found: Peaks = {}
-    for name, make in calls.items():
-        try:
-            found[name] = with_memory(functools.partial(_peak_bytes, make, device))
-        except (NotRunnableError, NoMemoryError) as failure:
-            found[name] = failure
-    return found
-
-
-def _peak_bytes(make: Callable[[], Call], device: torch.device) -> int:
-    call = make()
-    with call.aside():
-        try_run(call)  # what is allocated once and then kept, such as handles and their buffers, is no workspace
-        return peak_allocated_bytes(call.run, device)
-
-
-def _peaks_on_cpu(calls: Mapping[str, Callable[[], Call]]) -> Peaks:
-    """Run the calls one after another under one profiler, with a marking allocation before and after each."""
-    found: Peaks = {}
+    found: Workspaces = {}
     ran: list[str] = []
+    mark_bytes = _MARK_BYTES["cuda" if device.type == "cuda" else "cpu"]
+
+    def mark() -> None:
+        torch.empty(mark_bytes, dtype=torch.uint8, device=device)
 
     def run_once(name: str, make: Callable[[], Call]) -> None:
         call = make()
         with call.aside():
             try_run(call)
             ran.append(name)
-            torch.empty(_MARK_BYTES, dtype=torch.uint8)
+            mark()
             try:
                 _ = call.run()
             finally:
-                torch.empty(_MARK_BYTES, dtype=torch.uint8)
+                mark()
 
     def run_all() -> None:
         for name, make in calls.items():
@@ -70,18 +56,18 @@ def _peaks_on_cpu(calls: Mapping[str, Callable[[], Call]]) -> Peaks:
             except (NotRunnableError, NoMemoryError) as failure:
                 found[name] = failure
 
-    changes = list(allocation_changes(run_all)) if calls else []
-    return dict(zip(ran, peaks_between_marks(changes), strict=True)) | found
+    changes = list(allocation_changes(run_all, device)) if calls else []
+    return dict(zip(ran, peaks_between_marks(changes, mark_bytes), strict=True)) | found
 
 
-def peaks_between_marks(changes: Iterable[int]) -> Iterator[int]:
-    """Peaks of the stretches that stand between an odd mark and the next [B]."""
+def peaks_between_marks(changes: Iterable[int], mark_bytes: int) -> Iterator[int]:
+    """Peaks of the stretches that stand between an odd mark and the next, above what is left at their ends [B]."""
     inside, in_use, peak = False, 0, 0
     for change in changes:
-        if change == _MARK_BYTES:
+        if change == mark_bytes:
             if inside:
-                yield peak
+                yield peak - in_use
             inside, in_use, peak = not inside, 0, 0
-        elif change != -_MARK_BYTES and inside:
+        elif change != -mark_bytes and inside:
             in_use += change
             peak = max(peak, in_use)

@@ -21,6 +21,7 @@ from fxckpt.errors import VerificationError
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.backends import Executable
 from fxckpt.rewrite.backends.python.in_place import plain_call
+from fxckpt.rewrite.backends.python.together import apart
 from fxckpt.rewrite.emitted import Emitted, deliver
 from fxckpt.upstream import pytree
 from fxckpt.upstream.ops.rng import run_with_rng_state
@@ -153,10 +154,10 @@ def _check_value(
 def _call(node: fx.Node) -> tuple[Any, Any, Any, Any]:
     """What a node calls, as captured, and the value that it writes over if it does."""
     if node.target is run_with_rng_state:
-        _, _, target, *args = node.args
-        return target, tuple(args), node.kwargs, None
-    target, kwargs, over = plain_call(node.target, dict(node.kwargs))
-    return target, node.args, kwargs, node.args[0] if over is ... else over
+        return node.args[2], node.args[3:], node.kwargs, None
+    called, args = apart(node)
+    target, kwargs, over = plain_call(called, dict(node.kwargs))
+    return target, args, kwargs, args[0] if over is ... else over
 
 
 def _backward_inputs(emitted: Emitted) -> list[fx.Node]:

@@ -26,12 +26,12 @@ from fxckpt.rewrite.emitted import Emitted
 from fxckpt.runtime.leading import check_no_hooks, refuse_ways_between
 from fxckpt.runtime.place import Place
 from fxckpt.upstream.aot import replayed_view
-from fxckpt.upstream.dispatch import backward_keeps_graph, plain_execution, when_backward_ends
+from fxckpt.upstream.dispatch import backward_keeps_graph, bare_apply, plain_execution, when_backward_ends
 from fxckpt.upstream.hooks import gradient_hooks_of
 from fxckpt.upstream.ops.expect import UnexpectedValue
 from fxckpt.upstream.ops.layout import layout_of
 from fxckpt.upstream.ops.rng import KeptState
-from fxckpt.upstream.tensors import storage_key, version_of
+from fxckpt.upstream.tensors import copy_all, storage_key, version_of, versions_of
 
 Tangents = frozenset[tuple[int, tuple[int, ...]]]
 """What backward starts from: indices into `Roles.outputs`, and the layouts of their tangents."""
@@ -56,6 +56,12 @@ class Program:
         traced = {i: o.tangent.meta["val"] for i, o in enumerate(outputs) if o.tangent is not None}
         return frozenset((i, layout_of(traced[i])) for i in self.emitted.tangents)
 
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        """Where the inputs are."""
+        return tuple(dict.fromkeys(given.node.meta["val"].device for given in self.roles.inputs))
+
+    @cached_property
     def updated(self) -> tuple[int, ...]:
         """Indices of the inputs that forward changes."""
         return tuple(i for i, given in enumerate(self.roles.inputs) if given.update is not None)
@@ -86,14 +92,10 @@ def run_forward(
     token = step.place.link().requires_grad_()
     for index in reversed(range(len(program.emitted.stages))):
         leaves = [given[i] for i in program.emitted.stages[index].inputs]
-        token = _apply(_Stage, step, index, token, *leaves)
-    outputs = _apply(_Head, step, token)
+        token = _apply_stage(step, index, token, *leaves)
+    outputs = _apply_head(step, token)
     step.watch(outputs, token.grad_fn)
     return [_result(result, outputs, given) for result in program.roles.results]
-
-
-def _apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    return function.apply(*args)
 
 
 def _result(result: Result, outputs: Sequence[torch.Tensor], given: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -121,6 +123,8 @@ def _draws_undone(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 class _Step:
     """One forward and its backwards: what is saved between them, and backward's progress."""
 
+    _released: Callable[[], object] | None = None
+
     def __init__(
         self,
         program: Program,
@@ -129,26 +133,34 @@ class _Step:
         released: Callable[[], object] | None,
     ) -> None:
         self._program, self._given, self._backward_for = program, list(given), backward_for
-        self.place = Place.of(x.device for x in given)
-        self._release = weakref.finalize(self, released or _nothing)
-        self._release.atexit = False
+        self.place = Place.of(program.devices)
+        self._released = released
         self._saved: list[torch.Tensor] | None = None
         self._given_versions: list[int] = []
         self._watched: list[tuple[weakref.ref[torch.Tensor], int]] = []
         self._leading_on: list[weakref.ref[torch.Tensor]] = []
         self._running: Iterator[list[torch.Tensor | None]] | None = None
 
+    def __del__(self) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        """What was saved is kept no longer; whoever wants to know is told once."""
+        released, self._released = self._released, None
+        if released is not None:
+            released()
+
     def forward(self) -> tuple[torch.Tensor, ...]:
         """Compute outputs, copy updates into the inputs that forward changes, and keep what backward reads."""
         emitted, roles = self._program.emitted, self._program.roles
-        updated = self._program.updated()
+        updated = self._program.updated
         undone = _draws_undone(self._given) if emitted.checks_values else contextlib.nullcontext()
         with plain_execution(), undone:
             values: tuple[torch.Tensor, ...] = self._program.executable.forward(list(self._given))
-        with torch.no_grad():
-            for index, new in zip(updated, values, strict=False):
-                self._given[index].copy_(new)
-        self._given_versions = [version_of(self._given[i]) for i in emitted.given]
+        if updated:
+            with torch.no_grad():
+                copy_all([self._given[i] for i in updated], values[: len(updated)])
+        self._given_versions = versions_of([self._given[i] for i in emitted.given])
         first, last = len(updated), len(updated) + len(roles.outputs)
         self._saved = list(values[last:])
         return _sharing_memory(values[first:last], [role.requires_grad for role in roles.outputs])
@@ -188,7 +200,7 @@ class _Step:
                 "backward through the same forward a second time, but what it saved is freed. "
                 "Pass retain_graph=True to the first backward"
             )
-        versions = [version_of(self._given[i]) for i in self._program.emitted.given]
+        versions = versions_of([self._given[i] for i in self._program.emitted.given])
         if versions != self._given_versions:
             changed = next(
                 self._program.roles.inputs[i]
@@ -231,10 +243,6 @@ class _Step:
     def stage_count(self) -> int:
         """How many stages backward has."""
         return len(self._program.emitted.stages)
-
-
-def _nothing() -> None:
-    """Nobody wants to know."""
 
 
 def _sharing_memory(outputs: Sequence[torch.Tensor], require_grad: Sequence[bool]) -> tuple[torch.Tensor, ...]:
@@ -309,3 +317,6 @@ class _Stage(torch.autograd.Function):
         step: _Step = ctx.step  # type: ignore[attr-defined]
         gradients = step.finish_stage(ctx.index, step.stage_count())  # type: ignore[attr-defined]
         return None, None, step.place.link(), *gradients
+
+
+_apply_head, _apply_stage = bare_apply(_Head), bare_apply(_Stage)

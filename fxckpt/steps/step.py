@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from fxckpt.capture.structure import take_apart
 from fxckpt.errors import FxckptError
-from fxckpt.upstream.allocator import peak_allocated_bytes
+from fxckpt.upstream.allocator import Allocations, allocations
+from fxckpt.upstream.blas import blas_workspace_bytes
 from fxckpt.upstream.generators import draws_undone
 from fxckpt.upstream.tensors import device_of, memory_bytes
 
@@ -28,7 +29,8 @@ class Measurement:
 
     Attributes:
         peak_bytes: most bytes in use, those that are there before the step (`resident_bytes`) included [B].
-        resident_bytes: parameters, buffers, gradients that are allocated already, and inputs [B].
+        resident_bytes: parameters, buffers, gradients that are allocated already, inputs, and what cuBLAS keeps if the
+            step runs it, as a plan counts them [B].
         step_us: median time of forward and backward [µs].
         runs: how many steps were timed.
     """
@@ -101,10 +103,21 @@ class TrainingStep:
         gradients = (leaf.grad for leaf in self.leaves)
         return memory_bytes((*self._held, *(g for g in gradients if g is not None)))
 
+    def allocations(self) -> Allocations:
+        """What a step allocates beside what is there before it."""
+        with self.without_trace():
+            return allocations(self.run, self.device)
+
     def allocated_bytes(self) -> int:
         """The most bytes in use during a step above those before it [B]."""
-        with self.without_trace():
-            return peak_allocated_bytes(self.run, self.device)
+        return self.allocations().peak_bytes
+
+    def library_bytes(self, ops: Iterable[str]) -> int:
+        """What libraries keep for good that a step of these ops calls, once they have been called [B]."""
+        if self.device.type != "cuda":
+            return 0
+        with torch.cuda.device(self.device):
+            return blas_workspace_bytes(ops, threads=2)
 
     @contextmanager
     def without_trace(self) -> Iterator[None]:
@@ -168,8 +181,9 @@ def measure_step(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def measurement_of(step: TrainingStep, times_us: Sequence[float]) -> Measurement:
     """Peak of a step that is warm, with times taken of it [µs]."""
-    resident_bytes = step.resident_bytes()
-    peak_bytes = resident_bytes + step.allocated_bytes()
+    found = step.allocations()
+    resident_bytes = step.resident_bytes() + step.library_bytes(found.ops)
+    peak_bytes = resident_bytes + found.peak_bytes
     return Measurement(peak_bytes, resident_bytes, statistics.median(times_us), len(times_us))
 
 
@@ -190,7 +204,9 @@ class _Ones(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.form = (x.shape, x.dtype, x.device)
-        return x.new_zeros((), dtype=torch.float32)
+        return torch.zeros(
+            (), dtype=torch.float32
+        )  # on the CPU: on a GPU it would take a block, as would the gradient of it
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_BLOCK_BYTES = 512
 _MIB = 2**20
 
 
@@ -60,17 +59,10 @@ def allocations(run: Callable[[], Any], device: torch.device = _CPU) -> Allocati
         _wait(device)
     events = profiler.profiler.kineto_results.events()
     kind = getattr(torch._C._autograd.DeviceType, device.type.upper())
-    index = device.index if device.index is not None or device.type == "cpu" else torch.cuda.current_device()
-    changes = sorted(
-        (
-            event
-            for event in events
-            if event.name() == "[memory]"
-            and event.device_type() == kind
-            and (device.type == "cpu" or event.device_index() == index)
-        ),
-        key=lambda event: event.start_ns(),
-    )
+    index = torch.empty(0, device=device).get_device()  # -1: there is only one
+    memory = [event for event in events if event.name() == "[memory]" and event.device_type() == kind]
+    changes = [event for event in memory if index < 0 or event.device_index() == index]
+    changes.sort(key=lambda event: event.start_ns())
     return Allocations(tuple(event.nbytes() for event in changes), frozenset(event.name() for event in events))
 
 
@@ -82,11 +74,6 @@ def allocation_changes(run: Callable[[], Any], device: torch.device = _CPU) -> I
 def peak_allocated_bytes(run: Callable[[], Any], device: torch.device) -> int:
     """The most bytes that were in use while something ran, above those in use before it [B]."""
     return allocations(run, device).peak_bytes
-
-
-def allocated_bytes(size_bytes: int, device: torch.device) -> int:
-    """What the allocator takes for a request at the least: on CUDA whole blocks [B]."""
-    return -(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES if device.type == "cuda" else size_bytes
 
 
 def caching_allocator_settings(device: torch.device) -> dict[str, Any] | None:

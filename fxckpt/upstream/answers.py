@@ -1,6 +1,6 @@
 """Answers to what a model asks while Dynamo traces it, so that it takes the way that it takes in eager.
 
-- Whether it is compiled: no. Dynamo follows most models on the way that they take in eager; `compiled=True` tells yes.
+- Whether it is compiled: no, where Dynamo can follow the way that they take in eager; see `questions`.
 - Questions about values that follow from one argument of integers, as whether a mask masks anything: from the example,
   and a guard on the argument computes the answer again at each call.
 - Questions that only lead to an error, `if bad: raise`: the answer that raises none, checked by an op in the graph.
@@ -16,7 +16,6 @@ import contextlib
 import dis
 import functools
 import inspect
-import os
 import random
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
@@ -39,6 +38,7 @@ from fxckpt.upstream.kernels import refuse_nested
 from fxckpt.upstream.known_values import answer
 from fxckpt.upstream.ops.expect import EXPECT
 from fxckpt.upstream.patching import seen_here
+from fxckpt.upstream.questions import QUESTIONS, Questions
 from fxckpt.upstream.strides import right_views
 from fxckpt.upstream.versions import floats_as_before, truth_replaced
 
@@ -47,7 +47,6 @@ _TRANSLATORS = (
     convert.InliningInstructionTranslator,
     convert.InliningGeneratorInstructionTranslator,
 )
-_QUESTIONS = frozenset({torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, torch._utils.is_compiling})
 _WARNS = ("transformers.modeling_utils", "warn_if_padding_and_no_attention_mask")
 """A method of transformers' models that reads all ids, only to warn."""
 _TRACING = ("transformers.utils.import_utils", "is_tracing")
@@ -76,17 +75,16 @@ class Seen:
     Attributes:
         checkpointed: the model checkpoints activations itself.
         loss: name of the node whose value is returned as `loss`.
-        asked_if_compiled: the model asked whether it is compiled, and was told no.
     """
 
     def __init__(self) -> None:
-        self.checkpointed = self.asked_if_compiled = False
+        self.checkpointed = False
         self.loss: str | None = None
 
 
 @contextlib.contextmanager
-def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]:
-    """Give the answers while the frame of `code` is converted; `compiled` is what models hear that ask for it."""
+def answers(code: CodeType, floats: Floats, questions: Questions) -> Iterator[Seen]:
+    """Give the answers while the frame of `code` is converted."""
     seen = Seen()
     with contextlib.ExitStack() as stack:
         enter = stack.enter_context
@@ -104,7 +102,7 @@ def answers(code: CodeType, floats: Floats, *, compiled: bool) -> Iterator[Seen]
         enter(truth_replaced(_truth))
         enter(mock.patch.object(TensorVariable, "method_item", _item(TensorVariable.method_item)))
         enter(mock.patch.object(TensorVariable, "unpack_var_sequence", _unbound(TensorVariable.unpack_var_sequence)))
-        enter(_calls(seen, compiled))
+        enter(_calls(questions))
         enter(mock.patch.object(builder, "build_checkpoint_variable", functools.partial(_checkpoint, seen)))
         enter(mock.patch.object(misc.LoggingLoggerVariable, "call_method", _log))
         enter(mock.patch.object(misc.RandomVariable, "call_method", _random(misc.RandomVariable.call_method)))
@@ -237,7 +235,7 @@ def _unbound(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
+def _calls(questions: Questions) -> Iterator[None]:
     torch_call = torch_variables.TorchInGraphFunctionVariable.call_function
     python_call = UserFunctionVariable.call_function
     skipped_call = function_variables.SkipFunctionVariable.call_function
@@ -249,9 +247,9 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
             return _expect_all(tx, args[_ALL_TRUE[self.value]]) or torch_call(self, tx, args, kwargs)
         if self.value in _CHECKING:
             return UserFunctionVariable(self.value).call_function(tx, args, kwargs)
-        if not compiled and self.value in _QUESTIONS and not _is_told(tx.f_code):
-            seen.asked_if_compiled = True
-            return ConstantVariable.create(False)
+        known = questions.answer(self.value, tx) if self.value in QUESTIONS else None
+        if known is not None:
+            return ConstantVariable.create(known)
         return torch_call(self, tx, args, kwargs)
 
     def call_python(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
@@ -285,14 +283,6 @@ def _calls(seen: Seen, compiled: bool) -> Iterator[None]:
         mock.patch.object(function_variables.SkipFunctionVariable, "call_function", call_skipped),
     ):
         yield
-
-
-_TOLD = (os.path.dirname(torch.__file__), os.path.dirname(os.path.dirname(__file__)))
-"""Whose code knows what to do with the truth: torch's and ours."""
-
-
-def _is_told(code: CodeType) -> bool:
-    return code.co_filename.startswith(_TOLD)
 
 
 def _expect_all(tx: Any, condition: Any) -> Any:

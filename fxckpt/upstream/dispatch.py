@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
+import operator
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -19,6 +21,7 @@ __all__ = [
     "asked_gradients_of",
     "backward_keeps_graph",
     "backwards_context",
+    "bare_apply",
     "describes_op",
     "is_traced",
     "plain_execution",
@@ -30,20 +33,33 @@ __all__ = [
 
 _ENGINE_CALL = torch.autograd.graph._engine_run_backward.__code__
 _INPUTS = 3  # the place of what is differentiated with respect to among its arguments, behind the outputs
-_VIEW_TRACKING = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+
+
+def _below_autograd() -> torch._C.DispatchKeySet:
+    """What ops pass through before they come to the kernels of devices: casts, autograd, its note of views."""
+    names = ("ADInplaceOrView", "AutogradFunctionality", "AutogradNestedTensor", "AutogradOther")
+    keys = torch._C.DispatchKey.__members__.items()
+    passed = [torch._C.DispatchKeySet(key) for name, key in keys if name in names or name.startswith("Autocast")]
+    return functools.reduce(operator.or_, passed)
+
+
+_PASSED = _below_autograd()
+
+
+def plain_execution() -> contextlib.AbstractContextManager[Any]:
+    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
+
+    Nor does autograd note which values are views of others: a view that is returned would change as its base does. Nor
+    do modes of torch functions, such as a default device, have a part in it.
+    """
+    if torch._C._len_torch_function_stack():
+        return _unseen_plain_execution()
+    return torch._C._ExcludeDispatchKeyGuard(_PASSED)  # one guard, no generator: each stage of a backward enters it
 
 
 @contextlib.contextmanager
-def plain_execution() -> Iterator[None]:
-    """Ops run as they stand in the graph: autograd has its own record, and casts are ops already.
-
-    Nor does autograd note which values are views of others: a view that is returned would change as its base does.
-    """
-    with (
-        torch._C._DisableAutocast(),
-        torch._C._AutoDispatchBelowAutograd(),
-        torch._C._ExcludeDispatchKeyGuard(_VIEW_TRACKING),
-    ):
+def _unseen_plain_execution() -> Iterator[None]:
+    with torch._C._ExcludeDispatchKeyGuard(_PASSED), torch._C.DisableTorchFunction():
         yield
 
 
@@ -82,15 +98,19 @@ def will_run(node: Node) -> bool:
 
 
 def asked_gradients_of() -> tuple[Any, ...]:
-    """Within a backward: the tensors, or edges, that it was asked for gradients of, as far as that can be seen.
+    """Within a backward: the tensors, or edges, that it was asked for gradients of; () where all leaves get theirs.
 
-    None where all leaves get theirs, and in threads of devices, which have no caller.
+    Devices have threads of their own for backward, which have no caller: so what every backward was asked for that
+    is running in the process is among them.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not _ENGINE_CALL:
-        frame = frame.f_back
-    given = () if frame is None else frame.f_locals["args"]
-    return tuple(given[_INPUTS]) if len(given) > _INPUTS else ()
+    asked: list[Any] = []
+    for innermost in sys._current_frames().values():
+        frame: FrameType | None = innermost
+        while frame is not None:
+            if frame.f_code is _ENGINE_CALL:
+                asked += frame.f_locals["args"][_INPUTS : _INPUTS + 1]
+            frame = frame.f_back
+    return tuple([x for given in asked for x in given])
 
 
 def backwards_context() -> contextvars.Context | None:
@@ -99,6 +119,12 @@ def backwards_context() -> contextvars.Context | None:
         return None
     found: contextvars.Context = torch._C._get_obj_in_tls("context")
     return found
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` for calls outside of torch.func's transforms: what looks for these takes as long as the rest."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 def when_backward_ends(callback: Callable[[], None]) -> None:

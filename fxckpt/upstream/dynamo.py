@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from fxckpt.errors import FxckptError
 from fxckpt.upstream.answers import Seen, answers
 from fxckpt.upstream.floats import Floats, is_exact
+from fxckpt.upstream.questions import Questions
 from fxckpt.upstream.versions import APART
 
 _SETTINGS: dict[str, Any] = {
@@ -246,6 +247,7 @@ class _Callback:
 
     def __init__(self, convert: Any, floats: Floats, begin: Callable[[Seen], None]) -> None:
         self._convert, self._floats, self._begin = convert, floats, begin
+        self._questions = Questions()
         self._torchdynamo_orig_backend = convert._torchdynamo_orig_backend
 
     def __call__(self, frame: Any, cache_entry: Any, frame_state: Any) -> Any:
@@ -257,10 +259,10 @@ class _Callback:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # what the model has to say it says when it runs
-            compiled = False
             while True:
                 self._floats.inputs = set()
-                with answers(frame.f_code, self._floats, compiled=compiled) as seen:
+                self._questions.begin()
+                with answers(frame.f_code, self._floats, self._questions) as seen:
                     self._begin(seen)
                     try:
                         return self._convert(frame, cache_entry, frame_state)
@@ -268,10 +270,8 @@ class _Callback:
                         inner = getattr(error, "inner_exception", None)
                         if isinstance(inner, FxckptError):
                             raise inner from None
-                        if self._floats.give_up():
-                            continue
-                        if seen.asked_if_compiled and not compiled:  # the way of compiled models may do
-                            compiled = True
+                        stack = getattr(error, "real_stack", None) or ()
+                        if self._floats.give_up() or self._questions.tell(stack):
                             continue
                         raise NotTraced(_reason(error), _line(error)) from error
 

@@ -1,7 +1,8 @@
-"""Strides of what elementwise kernels compute, also of dims of size 1, as torch's TensorIterator chooses them.
+"""Strides of what elementwise kernels compute, as torch's TensorIterator chooses them.
 
 Descriptions of such ops canonicalize the strides of dims of size 1, which are ambiguous. But kernels behind them look
-at all strides to choose a memory format, and views fail or copy by them.
+at all strides to choose a memory format, and views fail or copy by them. And where types differ, or are computed in
+another, descriptions convert the operands first, which lays out anew those that are expanded.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _TAKES_NUMBERS = frozenset(
     }
 )  # fmt: skip
 """A number among their arguments becomes a tensor, an operand like others."""
+_COMPUTED_AS_THEY_ARE = ({torch.float32}, {torch.float64})
 _UNTAGGED = frozenset({aten.floor_divide, aten.hardswish, aten.hardtanh})
 _LIKE = frozenset(
     {
@@ -43,13 +45,22 @@ def described(
 ) -> Any:
     """The description of an op, with the right strides if it is an elementwise one."""
     result = original(mode, op, types, args, kwargs)
-    if not isinstance(result, Tensor) or 1 not in result.shape:
+    if not isinstance(result, Tensor) or (1 not in result.shape and not _converts(op, result, args, kwargs)):
         return result
     strides = _strides(op, result, args, kwargs)
     if strides == result.stride():
         return result
     with mode:
         return torch.empty_strided(result.shape, strides, dtype=result.dtype, device=result.device)
+
+
+def _converts(op: OpOverload, result: Tensor, args: Any, kwargs: Any) -> bool:
+    """Whether operands are converted, and say different things about the layout of the result."""
+    if torch.Tag.pointwise not in op.tags or op.overloadpacket in _LIKE or op.overloadpacket is aten.masked_fill:
+        return False
+    operands = pytree.tensors_in((args, kwargs))
+    strides, types = {x.stride() for x in operands}, {x.dtype for x in (*operands, result)}
+    return strides != {result.stride()} and types not in _COMPUTED_AS_THEY_ARE
 
 
 def _strides(op: OpOverload, result: Tensor, args: Any, kwargs: Any) -> tuple[int, ...]:

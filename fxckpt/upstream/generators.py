@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._dynamo.utils import preserve_rng_state
 
+from fxckpt.upstream.determinism import draws_random_numbers
 from fxckpt.upstream.dispatch import TorchDispatchMode
 from fxckpt.upstream.ops.rng import rng_state, set_rng_state
 from fxckpt.upstream.patching import function_replaced, just_yield
@@ -99,6 +100,6 @@ class DrawsRefused(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if draws_random_numbers(func, args, kwargs or {}):
             raise RandomDraw(f"{func} draws random numbers")
         return func(*args, **(kwargs or {}))

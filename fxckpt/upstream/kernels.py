@@ -8,6 +8,7 @@ the duration of a capture, and layers that ask whether they are traced are told 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,10 @@ from torch._C import DispatchKey
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 from torch.nn.modules import activation
 
-from fxckpt.upstream.operators import python_kernels
+from fxckpt.upstream.absent_gpu import placed_on
+from fxckpt.upstream.operators import OpOverload, python_kernels
+from fxckpt.upstream.ops import cudnn_rnn
+from fxckpt.upstream.ops.batch_norm import CUDNN_BATCH_NORM, cudnn_batch_norm
 from fxckpt.upstream.patching import attribute_replaced, function_replaced
 
 aten = torch.ops.aten
@@ -31,6 +35,8 @@ _REWRITTEN = (
     "rnn_relu",
     "multi_margin_loss",
     "multilabel_margin",
+    "hardshrink",
+    "softshrink",
 )
 _KEYS = (DispatchKey.CompositeImplicitAutograd, DispatchKey.Autograd)
 
@@ -43,10 +49,48 @@ def own_kernels() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def kernels_on_cuda() -> Iterator[None]:
+    """Recurrent layers on CUDA call cuDNN's kernels, whose results are described."""
+    described: dict[OpOverload, Callable[..., Any]] = {
+        cudnn_rnn.KERNEL: cudnn_rnn.describe,
+        cudnn_rnn.KERNEL_BACKWARD: cudnn_rnn.describe_backward,
+        aten._thnn_fused_gru_cell.default: _gru_cell,
+        aten._thnn_fused_gru_cell_backward.default: _gru_cell_backward,
+    }
+    with contextlib.ExitStack() as stack:
+        for op, describe in described.items():
+            stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: describe}))
+        for kind in cudnn_rnn.MODES:
+            op = getattr(aten, kind).input
+            layer = functools.partial(_by_cudnn, op, functools.partial(cudnn_rnn.layer, kind))
+            stack.enter_context(python_kernels(op, op.py_kernels | dict.fromkeys(_KEYS, layer)))
+        # it looks for weights that don't lie in one piece, and moves them
+        stack.enter_context(function_replaced(nn.RNNBase.flatten_parameters, lambda *_: None))
+        yield
+
+
+def _gru_cell(gates: torch.Tensor, _: torch.Tensor, hx: torch.Tensor, *__: Any) -> tuple[torch.Tensor, ...]:
+    return torch.empty_like(hx), gates.new_empty(hx.shape[0], hx.shape[1] * 5)
+
+
+def _gru_cell_backward(gradient: torch.Tensor, _: torch.Tensor, biased: bool) -> tuple[torch.Tensor | None, ...]:
+    batch, size = gradient.shape
+    gates = [gradient.new_empty(batch, 3 * size) for _ in range(2)]
+    biases = [gradient.new_empty(3 * size) if biased else None for _ in range(2)]
+    return *gates, torch.empty_like(gradient), *biases
+
+
+def _by_cudnn(op: OpOverload, layer: Callable[..., Any], x: torch.Tensor, *args: Any) -> Any:
+    if placed_on(x).type == "cuda" and torch.backends.cudnn.enabled:
+        return layer(x, *args)
+    return op._op_dk(DispatchKey.CompositeImplicitAutograd, x, *args)
+
+
+@contextlib.contextmanager
 def _without_python_forms() -> Iterator[None]:
     """Put the Python implementations aside."""
     with contextlib.ExitStack() as stack:
-        for overload in _rewritten_overloads():
+        for overload in (*_rewritten_overloads(), CUDNN_BATCH_NORM):
             if not overload.py_kernels.keys().isdisjoint(_KEYS):
                 kernels = {key: kernel for key, kernel in overload.py_kernels.items() if key not in _KEYS}
                 stack.enter_context(python_kernels(overload, kernels))
@@ -134,6 +178,9 @@ def _changes_as_in_eager() -> Iterator[None]:
         if func is aten.expand.default and _expands_nothing(args[0], args[1]):
             with mode:
                 return _with_dims(args[0], len(args[1]))
+        if func is CUDNN_BATCH_NORM:
+            with mode:
+                return cudnn_batch_norm(*args, **(kwargs or {}))
         filled = _FILLS.get(func)
         if filled is None or args[0].is_contiguous():
             return original(mode, func, types, args, kwargs)
@@ -178,7 +225,7 @@ _FILLS: dict[Any, Callable[..., torch.Tensor]] = {
 
 def _rewritten_overloads() -> Iterator[Any]:
     for name in dir(torch.ops.aten):
-        if name.startswith(_REWRITTEN):
+        if name.startswith(_REWRITTEN) and not name.endswith("_cell"):
             packet = getattr(torch.ops.aten, name)
             for overload in packet.overloads():
                 yield getattr(packet, overload)

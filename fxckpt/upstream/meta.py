@@ -1,7 +1,7 @@
-"""Models on the meta device, traced as if their tensors were on the CPU.
+"""Models on the meta device, traced as if their tensors were on the device that they are planned for.
 
-On the meta device torch has no fused attention, and some models take other paths. As fake tensors of the CPU the same
-parameters cost nothing either, and the graph is that of a model on a real device.
+On the meta device torch has no fused attention, and some models take other paths. As fake tensors of a device the same
+parameters cost nothing either, and the graph is that of a model on it.
 """
 
 from __future__ import annotations
@@ -13,28 +13,38 @@ import torch
 from torch import nn
 from torch.nn.utils import stateless
 
+from fxckpt.upstream.absent_gpu import traced_for
 from fxckpt.upstream.fakes import FakeTensorMode
 
 
 @contextlib.contextmanager
-def made_present(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """Give a module on the meta device fake parameters and buffers on the CPU; yields fake inputs to go with them.
+def made_present(
+    module: nn.Module, tensors: Sequence[torch.Tensor], capability: tuple[int, int] | None = None
+) -> Iterator[list[torch.Tensor]]:
+    """Give a module on the meta device fake parameters and buffers elsewhere; yields fake inputs to go with them.
 
-    Modules and inputs on real devices are left alone.
+    They are on the CPU, or on a GPU of this compute capability; if one is named, then those of a module on the CPU are
+    on it, too. Other modules and inputs on real devices are left alone.
     """
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    if not any(t.device.type == "meta" for t in (*tensors, *(t for _, t in named))):
+    given = (*tensors, *(t for _, t in named))
+    kinds = {t.device.type for t in given}
+    if "meta" not in kinds and (capability is None or "cpu" not in kinds or "cuda" in kinds):
         yield list(tensors)
         return
+    device = torch.device("cuda:0" if capability else "cpu")
     mode = FakeTensorMode()
     made: dict[int, torch.Tensor] = {}
 
     def fake(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:
             with mode, torch.no_grad():
-                form = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-                made[id(tensor)] = form.requires_grad_(tensor.requires_grad)
+                form = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+            made[id(tensor)] = form.requires_grad_(tensor.requires_grad)
         return made[id(tensor)]
 
-    with stateless._reparametrize_module(module, {name: fake(tensor) for name, tensor in named}):
+    with (
+        traced_for(device, capability) if capability else contextlib.nullcontext(),
+        stateless._reparametrize_module(module, {name: fake(tensor) for name, tensor in named}),
+    ):
         yield [fake(tensor) for tensor in tensors]

@@ -17,6 +17,7 @@ __all__ = [
     "ASSERT_ASYNC",
     "ATTENTION",
     "ATTENTION_BACKWARD",
+    "ATTENTION_WITH_SEED_ON_CPU",
     "CHECK_ERRORS",
     "MEAN",
     "NO_REDUCTION",
@@ -50,6 +51,9 @@ ATTENTION: tuple[Any, ...] = (
 """The fused kernels of attention, on CPU and on GPUs: of queries, keys, values and more."""
 ATTENTION_BACKWARD: tuple[Any, ...] = tuple(getattr(aten, f"{kernel.__name__}_backward") for kernel in ATTENTION)
 """Their backwards: of the result's gradient, queries, keys, values and more."""
+
+ATTENTION_WITH_SEED_ON_CPU: OpOverload = aten._scaled_dot_product_efficient_attention.default
+"""Memory-efficient attention: its last two results are on the CPU, where torch describes them as on the GPU."""
 
 NO_REDUCTION, MEAN = _reduction.get_enum("none"), _reduction.get_enum("mean")
 """Arguments by which losses are told what to do with their terms."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ def _in_format_of_second(result: Tensor, _: Tensor, x: Tensor, *__: Any) -> Tens
 
 def _as_second(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+def _as_second_in_order(_: Tensor, __: Tensor, x: Tensor, *___: Any) -> Tensor:
+    return _contiguous(x)
 
 
 def _as_parts_joined(_: Tensor, x: Tensor, shifts: Sequence[int], dims: Sequence[int] = ()) -> Tensor:
@@ -113,6 +117,7 @@ LAID_OUT_LIKE: dict[OpOverload, Callable[..., Tensor | Results]] = {
     aten.smooth_l1_loss_backward.default: _contiguous,
     aten._log_softmax_backward_data.default: _contiguous,
     aten.native_layer_norm_backward.default: _each(_contiguous),
+    aten.glu_backward.default: _as_second_in_order,
     aten.channel_shuffle.default: _in_format,
     aten.roll.default: _as_parts_joined,
     aten.max_unpool2d.default: _in_format,
@@ -143,15 +148,41 @@ _OWN_DESCRIPTIONS = (aten.view.default, aten._unsafe_view.default)
 """Views that torch describes by Python of its own, which gives dims of size 1 other strides than the kernel does."""
 
 
+def _products_of_groups(
+    x: Tensor,
+    y: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,  # noqa: ARG001 - named as the kernel names it
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows are padded to a multiple of 16 bytes."""
+    dtype = out_dtype or x.dtype
+    of_groups = offs.shape if offs is not None and x.dim() == y.dim() == 2 else x.shape[:1] if x.dim() == 3 else ()
+    batch = of_groups if x.dim() == y.dim() else ()
+    rows, columns = x.shape[-2], y.shape[-1]
+    per_row = 16 // dtype.itemsize
+    padded = -(-columns // per_row) * per_row
+    return x.new_empty_strided((*batch, rows, columns), (rows * padded, padded, 1)[-len(batch) - 2 :], dtype=dtype)
+
+
+_TOO_STRICT: dict[OpOverload, Callable[..., Tensor]] = {aten._grouped_mm.default: _products_of_groups}
+"""Ops whose descriptions refuse what kernels compute: other types than bfloat16, and rows of any length."""
+
+
 @contextlib.contextmanager
 def right_views() -> Iterator[None]:
-    """Let views have the strides that they have where they are computed, also of dims of size 1; for this thread."""
+    """Let views have the strides that they have where they are computed, also of dims of size 1; for this thread.
+
+    And let what kernels compute be described at all.
+    """
     with contextlib.ExitStack() as stack:
         stack.enter_context(function_replaced(fake_impls.dispatch_to_op_implementations_dict, _unless_own))
         stack.enter_context(function_replaced(FakeTensorMode._dispatch_impl, elementwise.described))
         for op in _OWN_DESCRIPTIONS:
             kernels = {key: kernel for key, kernel in op.py_kernels.items() if key is not DispatchKey.Meta}
             stack.enter_context(python_kernels(op, kernels))
+        for op, description in _TOO_STRICT.items():
+            stack.enter_context(python_kernels(op, op.py_kernels | {DispatchKey.Meta: description}))
         yield
 
 
@@ -159,13 +190,48 @@ def _unless_own(original: Callable[..., Any], mode: Any, op: OpOverload, *args: 
     return NotImplemented if op in _OWN_DESCRIPTIONS else original(mode, op, *args, **kwargs)
 
 
+def _statistics_on_cuda(results: tuple[Tensor, ...], x: Tensor, *args: Any) -> Results:
+    """Running statistics keep their type; what is saved of the batch is more precise."""
+    running = [y for y in args[2:4] if isinstance(y, Tensor)]
+    new = (made.new_empty(old.shape, dtype=old.dtype) for made, old in zip(results[3:], running, strict=True))
+    return torch.empty_like(x), *results[1:3], *new
+
+
+def _batch_norm_backward_on_cuda(results: Results, *args: Any) -> Results:
+    """In training channels last stay so."""
+    first, x, training = results[0], args[1], args[7]
+    if first is None:
+        return results
+    return (_in_format(first, x) if training else _contiguous(first)), *results[1:]
+
+
+ON_CUDA: dict[OpOverload, Callable[..., Results]] = {
+    aten._native_batch_norm_legit_functional.default: _statistics_on_cuda,
+    aten.native_batch_norm_backward.default: _batch_norm_backward_on_cuda,
+}
+"""From an op's results, as torch describes them, and its arguments to tensors of the form that they have on CUDA."""
+
+
+@contextlib.contextmanager
+def right_forms_on_cuda() -> Iterator[None]:
+    """Let the descriptions of ops on CUDA be right, for this thread."""
+    with _described_by(ON_CUDA, "on CUDA"):
+        yield
+
+
 @contextlib.contextmanager
 def right_strides() -> Iterator[None]:
     """Let the descriptions of these ops be right, for this thread."""
     rules = {op: functools.partial(_restrided, rule) for op, rule in LAID_OUT_LIKE.items()} | OF_OTHER_FORM
+    with _described_by(rules, "with right strides"):
+        yield
+
+
+@contextlib.contextmanager
+def _described_by(rules: Mapping[OpOverload, Callable[..., Any]], kind: str) -> Iterator[None]:
     longer_ways = {op: form for op, form in _decomp.decomposition_table.items() if op not in rules}
     with contextlib.ExitStack() as stack:
-        stack.enter_context(descriptions_apart("with right strides"))
+        stack.enter_context(descriptions_apart(kind))
         stack.enter_context(right_views())
         stack.enter_context(attribute_replaced(_decomp, "decomposition_table", longer_ways))
         for op, rule in rules.items():

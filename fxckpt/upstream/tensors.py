@@ -8,15 +8,23 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
+
 
 def storage_key(value: Any) -> int | None:
     """A number that is the same for tensors, traced or real, which share memory; None for other values."""
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def occupied_bytes(tensor: torch.Tensor, block_bytes: int = 1) -> int:
+    """The memory behind a tensor: on CUDA whole blocks, elsewhere blocks of `block_bytes` [B]."""
+    size_bytes = tensor.untyped_storage().nbytes()
+    return whole_blocks(size_bytes, CUDA_BLOCK_BYTES if tensor.device.type == "cuda" else block_bytes)
+
+
 def memory_bytes(tensors: Iterable[torch.Tensor]) -> int:
     """The memory behind tensors, what several share counted once [B]."""
-    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum({storage_key(t): occupied_bytes(t) for t in tensors}.values())
 
 
 def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
@@ -27,6 +35,16 @@ def device_of(tensors: Iterable[torch.Tensor]) -> torch.device:
 def version_of(tensor: torch.Tensor) -> int:
     """How often the tensor, or another in the same memory, was changed in place."""
     return tensor._version
+
+
+def copy_all(into: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    """Copy values into tensors of the same shapes, which share no memory with each other, by one call."""
+    torch._foreach_copy_(list(into), list(values))
+
+
+def versions_of(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """`version_of` each tensor."""
+    return [tensor._version for tensor in tensors]
 
 
 def is_view(tensor: torch.Tensor) -> bool:

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fxckpt.core.caching_allocator import AllocatorSettings, Block, CachingAllocator, whole_blocks
+from fxckpt.core.caching_allocator import AllocatorSettings, Block, CachingAllocator
+from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
 
 KIB, MIB = 2**10, 2**20
 
@@ -157,7 +158,7 @@ def test_expandable_segments_split_to_whole_blocks(sizes: list[int]) -> None:
     allocator = CachingAllocator(AllocatorSettings(expandable_segments=True))
     for size in sizes:
         allocator.allocate(size)
-    assert allocator.allocated_bytes == sum(map(whole_blocks, sizes))
+    assert allocator.allocated_bytes == sum(whole_blocks(size, CUDA_BLOCK_BYTES) for size in sizes)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,8 @@ def test_nothing_takes_nothing() -> None:
     allocator = CachingAllocator()
     assert allocator.allocate(0) is None
     allocator.free(None)
-    assert (allocator.allocated_bytes, allocator.reserved_bytes, whole_blocks(0)) == (0, 0, 0)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (0, 0)
+    assert whole_blocks(0, CUDA_BLOCK_BYTES) == 0
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,7 @@ def test_breakdown_of_the_peak() -> None:
         "saved": 0,
         "recomputed": 10 + 20,
         "temporaries": 40 + 20,
+        "libraries": 0,
         "reserved": 0,
     }
     assert timeline.breakdown(4)["saved"] == 40

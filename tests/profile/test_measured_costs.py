@@ -47,7 +47,7 @@ def test_what_is_in_the_file_is_not_measured_again(tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir()] == ["costs.json"]
     forget()
     monkeypatch.setattr(clock.WallClock, "time", lambda *_: pytest.fail("an op is timed again"))
-    monkeypatch.setattr(measure, "peaks", lambda calls, _: dict.fromkeys(calls, pytest.fail) if calls else {})
+    monkeypatch.setattr(measure, "workspaces", lambda calls, _: dict.fromkeys(calls, pytest.fail) if calls else {})
     assert times(file) == first
 
 

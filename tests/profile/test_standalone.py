@@ -197,7 +197,7 @@ def test_an_op_that_does_not_say_that_it_draws_is_undone_too() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-ACTS = {
+ACTS: dict[str, Any] = {
     "collective": lambda x: (torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0"), torch.empty(3)),
     "waits": lambda x: (torch.ops._c10d_functional.wait_tensor.default, (x,), torch.empty(3)),
     "looks at values": lambda x: (torch.ops.aten._assert_async.default, (x,), None),

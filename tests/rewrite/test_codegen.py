@@ -37,13 +37,13 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("overload", DIRECT)
+@pytest.mark.parametrize("overload", [overload for overload, by in DIRECT.items() if isinstance(by, str)])
 def test_a_direct_call_dispatches_to_the_op_of_the_graph(overload: str) -> None:
-    name, _, variant = overload.partition(".")
+    _, name, variant = overload.split(".")
     args = ARGUMENTS.get(name, (X, Y) if name in BINARY else (X.clone(),))
     kwargs = {"out": torch.empty(4, 4)} if variant == "out" else {}
     function: Any = torch
-    for attribute in DIRECT[overload].split(".")[1:]:
+    for attribute in str(DIRECT[overload]).split(".")[1:]:
         function = getattr(function, attribute)
     with Recorder() as recorder:
         function(*args, **kwargs)

@@ -54,6 +54,7 @@ CALLS: dict[OpOverload, Callable[[Any, Tensor, Tensor], Result]] = {
     aten.native_layer_norm_backward.default: lambda op, g, x: op(
         g, x, [8, 8], *(x.new_zeros(16, 4, 1, 1),) * 2, *(x.new_zeros(8, 8),) * 2, ALL
     ),
+    aten.glu_backward.default: lambda op, g, x: op(g[:, :2], x, 1),
     aten.channel_shuffle.default: lambda op, _, x: op(x, 2),
     aten.roll.default: lambda op, _, x: op(x, [1, -2], [0, 3]),
     aten.max_unpool2d.default: lambda op, _, x: op(x, torch.ones_like(x, dtype=torch.int64), [16, 16]),
@@ -179,3 +180,28 @@ def test_what_torch_tells_otherwise_is_left_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt), right_strides():
         raise KeyboardInterrupt
     assert [op.py_kernels for op in CALLS] == before
+
+
+@pytest.mark.parametrize("columns", [1, 3, 8, 10])
+@pytest.mark.parametrize("dims", ["2 2", "2 3", "3 2", "3 3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_of_groups_are_described_for_all_types_and_lengths(
+    dims: str, columns: int, dtype: torch.dtype
+) -> None:
+    def padded(*shape: int) -> Tensor:
+        """Rows of a multiple of 16 bytes, as the kernel wants them."""
+        return torch.ones(*shape[:-1], 16, dtype=dtype)[..., : shape[-1]]
+
+    x = padded(16, 8) if dims[0] == "2" else padded(2, 16, 8)
+    y = padded(8, columns) if dims[-1] == "2" else padded(2, 8, columns)
+    ends = torch.tensor([3, 8] if dims == "2 2" else [3, 16] if dims == "2 3" else [1, columns], dtype=torch.int32)
+    offs = None if dims == "3 3" else ends
+    expected = torch._grouped_mm(x, y, offs=offs)
+    with right_strides(), FakeTensorMode() as mode, enable_python_dispatcher():
+        given = None if offs is None else mode.from_tensor(offs)
+        described = torch._grouped_mm(mode.from_tensor(x), mode.from_tensor(y), offs=given)
+    assert (described.shape, described.stride(), described.dtype) == (
+        expected.shape,
+        expected.stride(),
+        expected.dtype,
+    )

@@ -20,12 +20,14 @@ from fxckpt.capture.passes.gradients import own_gradients
 from fxckpt.capture.passes.losses import reduce_losses_apart
 from fxckpt.capture.passes.masked import leave_out_masked
 from fxckpt.capture.passes.recurrent import own_recurrent_kernels
+from fxckpt.capture.passes.seeds import seeds_on_cpu
 from fxckpt.capture.passes.tangents import lay_out_tangents
 from fxckpt.capture.passes.views import merge_views
 
 PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     check_dense,
     lay_out_tangents,
+    seeds_on_cpu,
     exact_dropout,
     own_recurrent_kernels,
     drop_unread_statistics,

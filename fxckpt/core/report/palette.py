@@ -15,6 +15,7 @@ PURPLE, VERMILION = "#cc79a7", "#d55e00"
 
 KIND_COLOURS: dict[PeakKind, str] = {
     "reserved": "#c8c8c8",
+    "libraries": "#b3b3a0",
     "parameters and buffers": GREY,
     "inputs and outputs": PURPLE,
     "gradients": GREEN,

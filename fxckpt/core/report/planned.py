@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from fxckpt.core.graph import Graph
+from fxckpt.core.replay import Blocks
 from fxckpt.core.schedule import Schedule
 from fxckpt.core.simulate import Figures, Timeline
 
@@ -31,6 +32,10 @@ class Planned(Protocol):
     @property
     def budget_bytes(self) -> int:
         """The budget that it had to fit [B]."""
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """What it takes by the rule of the device's caching allocator, if it is planned for one."""
 
     @property
     def timeline(self) -> Timeline:

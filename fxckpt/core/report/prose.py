@@ -23,6 +23,7 @@ _REMEDIES: dict[PeakKind, str] = {
     "saved": "a smaller batch, shorter sequences, or autocast to bfloat16",
     "recomputed": "a smaller batch or shorter sequences",
     "temporaries": "a smaller batch, or doing that op in chunks",
+    "libraries": "a smaller workspace for cuBLAS (the environment variable CUBLAS_WORKSPACE_CONFIG)",
     "reserved": "an optimizer that keeps less state (SGD, Adafactor, 8-bit Adam), or sharding its state over devices",
 }
 

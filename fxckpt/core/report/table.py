@@ -75,9 +75,20 @@ def facts(plan: Planned) -> list[tuple[str, str]]:
         ("gradients", gradients),
         ("graph", f"{graph.forward_count} forward and {graph.plain_count - graph.forward_count} backward ops"),
         ("repeated", f"{len(repeated)} ops, {sum(repeated.values())} runs more than the plain model"),
+        *_blocks(plan),
         *_outside(plan),
         ("fingerprint", graph.fingerprint),
     ]
+
+
+def _blocks(plan: Planned) -> list[tuple[str, str]]:
+    """What the device's allocator makes of it."""
+    if plan.blocks is None:
+        return []
+    taken, plain = plan.blocks.plan, plan.blocks.baseline
+    text = f"{format_bytes(taken.allocated_bytes)} at the peak by the CUDA caching allocator's rule (plain model: "
+    text += f"{format_bytes(plain.allocated_bytes)}), of {format_bytes(taken.reserved_bytes)} that it reserves"
+    return [("blocks", text)]
 
 
 def _outside(plan: Planned) -> list[tuple[str, str]]:
@@ -96,10 +107,12 @@ def _title(plan: Planned) -> str:
 
 
 def _fraction(plan: Planned) -> str:
-    peak_bytes = plan.baseline.peak_bytes
+    peak_bytes = plan.baseline.peak_bytes if plan.blocks is None else plan.blocks.baseline.allocated_bytes
     if plan.budget_bytes > peak_bytes:
         return "more than the plain model's peak"
-    return f"{plan.budget_bytes / max(peak_bytes, 1):.1%} of the plain model's peak"
+    kept_bytes = plan.graph.library_bytes
+    aside = " (what libraries keep aside)" if kept_bytes else ""
+    return f"{(plan.budget_bytes - kept_bytes) / max(peak_bytes - kept_bytes, 1):.1%} of the plain model's peak{aside}"
 
 
 def figures(plan: Planned) -> tuple[list[str], list[list[str]]]:

@@ -21,14 +21,16 @@ LIBRARY.define(
 LIBRARY.define("dropout_backward(Tensor grad, Tensor mask, float scale) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _dropout(x: torch.Tensor, p: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def dropout(x: torch.Tensor, p: float, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forward: the result, and which elements are kept."""
     mask = torch.zeros_like(x, dtype=torch.bool)
     if p < 1:  # else eager draws nothing
         mask.bernoulli_(1 - p)
     return _masked(x, mask, scale), mask
 
 
-def _dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def dropout_backward(grad: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Backward: the gradient of the input."""
     return _masked(grad, mask, scale)
 
 
@@ -38,8 +40,8 @@ def _masked(x: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     return mask.to(x.dtype).mul_(x).mul_(scale)  # the same, without a copy of the mask beside the result
 
 
-LIBRARY.impl("dropout", _dropout, "CompositeExplicitAutograd")
-LIBRARY.impl("dropout_backward", _dropout_backward, "CompositeExplicitAutograd")
+LIBRARY.impl("dropout", dropout, "CompositeExplicitAutograd")
+LIBRARY.impl("dropout_backward", dropout_backward, "CompositeExplicitAutograd")
 
 DROPOUT = torch.ops.fxckpt.dropout.default
 DROPOUT_BACKWARD = torch.ops.fxckpt.dropout_backward.default

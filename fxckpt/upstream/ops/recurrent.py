@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fxckpt.upstream.ops import cudnn_rnn
 from fxckpt.upstream.ops.library import LIBRARY
 
 _KERNEL = torch.ops.aten.mkldnn_rnn_layer.default
@@ -23,5 +24,9 @@ def _layer(*args: Any) -> Any:
 
 LIBRARY.impl("mkldnn_rnn_layer", _layer, "CompositeExplicitAutograd")
 
-RECURRENT: dict[Any, Any] = {_KERNEL: torch.ops.fxckpt.mkldnn_rnn_layer.default}
+RECURRENT: dict[Any, Any] = {
+    _KERNEL: torch.ops.fxckpt.mkldnn_rnn_layer.default,
+    cudnn_rnn.KERNEL: cudnn_rnn.CUDNN_RNN,
+    cudnn_rnn.KERNEL_BACKWARD: cudnn_rnn.CUDNN_RNN_BACKWARD,
+}
 """What to call instead of torch's own op."""

@@ -12,11 +12,12 @@ from fxckpt.core.simulate import Timeline
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.backends import Executable
 from fxckpt.rewrite.backends.python.codegen import compile_boxed
-from fxckpt.rewrite.backends.python.in_place import write_over_inputs
+from fxckpt.rewrite.backends.python.in_place import overwritten, write_over_inputs
+from fxckpt.rewrite.backends.python.together import call_together
 from fxckpt.rewrite.emitted import Emitted
 from fxckpt.rewrite.split import emit
 
-__all__ = ["PythonExecutable", "continuing", "executable"]
+__all__ = ["PythonExecutable", "continuing", "executable", "written_over"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,15 @@ def executable(profile: Profile, timeline: Timeline, hooked: frozenset[int] = fr
     """
     emitted = emit(profile, timeline.schedule, hooked)
     write_over_inputs(profile, timeline, emitted)
+    call_together(profile, timeline, emitted)
     forward = compile_boxed(emitted.forward, profile.joint.module, "Forward")
     backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
     return PythonExecutable(emitted, (forward, backward))
+
+
+def written_over(profile: Profile, timeline: Timeline) -> dict[int, int]:
+    """For each step of a schedule that will write its result over an input: the storage of that input."""
+    return {step: profile.map.behind[source] for step, source in overwritten(profile, timeline).items()}
 
 
 def continuing(ran: Executable, emitted: Emitted, profile: Profile) -> PythonExecutable:

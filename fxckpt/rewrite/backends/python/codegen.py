@@ -4,55 +4,60 @@ A caller that passes tensors as arguments keeps them alive for the whole call, s
 unpacks and clears it; from then on every value dies at its last use. The backward function is a generator: it yields a
 list of finished gradients at the end of each stage, and the caller empties that list before it goes on.
 
-Frequent ops are called through torch's Python bindings, which take less than half the time of `torch.ops` to reach the
-same kernel: a step makes hundreds of calls.
+Frequent ops are called through torch's Python bindings, which take half the time of `torch.ops` to reach the same
+kernel; the others by what is behind `torch.ops`: a step makes hundreds of calls.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 from torch import fx
 
 from fxckpt.rewrite.emitted import deliver
 from fxckpt.upstream.boxed import BoxedCodeGen
+from fxckpt.upstream.ops.dropout import dropout, dropout_backward
 
-DIRECT: dict[str, str] = {
-    "add.Tensor": "torch.add",
-    "add.out": "torch.add",
-    "addmm.default": "torch.addmm",
-    "bmm.default": "torch.bmm",
-    "convolution.default": "torch.convolution",
-    "detach.default": "torch.detach",
-    "div.Tensor": "torch.div",
-    "expand.default": "torch.Tensor.expand",
-    "mm.default": "torch.mm",
-    "mul.Tensor": "torch.mul",
-    "mul.out": "torch.mul",
-    "native_layer_norm.default": "torch.native_layer_norm",
-    "permute.default": "torch.permute",
-    "relu.default": "torch.relu",
-    "relu_.default": "torch.relu_",
-    "select.int": "torch.select",
-    "sub.Tensor": "torch.sub",
-    "sum.dim_IntList": "torch.sum",
-    "t.default": "torch.t",
-    "transpose.int": "torch.transpose",
-    "unsqueeze.default": "torch.unsqueeze",
-    "view.default": "torch.Tensor.reshape",
+DIRECT: dict[str, str | Callable[..., Any]] = {
+    "aten.add.Tensor": "torch.add",
+    "aten.add.out": "torch.add",
+    "aten.addmm.default": "torch.addmm",
+    "aten.bmm.default": "torch.bmm",
+    "aten.convolution.default": "torch.convolution",
+    "aten.detach.default": "torch.detach",
+    "aten.div.Tensor": "torch.div",
+    "aten.div.out": "torch.div",
+    "aten.expand.default": "torch.Tensor.expand",
+    "aten.mm.default": "torch.mm",
+    "aten.mul.Tensor": "torch.mul",
+    "aten.mul.out": "torch.mul",
+    "aten.native_layer_norm.default": "torch.native_layer_norm",
+    "aten.permute.default": "torch.permute",
+    "aten.relu.default": "torch.relu",
+    "aten.relu_.default": "torch.relu_",
+    "aten.select.int": "torch.select",
+    "aten.sub.Tensor": "torch.sub",
+    "aten.sub.out": "torch.sub",
+    "aten.sum.dim_IntList": "torch.sum",
+    "aten.t.default": "torch.t",
+    "aten.transpose.int": "torch.transpose",
+    "aten.unsqueeze.default": "torch.unsqueeze",
+    "aten.view.default": "torch.Tensor.reshape",
+    "fxckpt.dropout.default": dropout,
+    "fxckpt.dropout_backward.default": dropout_backward,
 }
-"""Overloads of `torch.ops.aten`, and functions with the same arguments that dispatch to them.
+"""Overloads of operators, and functions with the same arguments that dispatch to them, or that they dispatch to.
 
 A few kernels lay out their results differently from what torch tells while it traces (hardswish's backward): a view
 that was traced may then need a copy, as `reshape` makes it.
 """
 
-_OVERLOAD = re.compile(r"\btorch\.ops\.aten\.(\w+\.\w+)\(")
-
 
 def compile_boxed(graph: fx.Graph, attributes: fx.GraphModule, name: str) -> fx.GraphModule:
     """A GraphModule of the graph with boxed code; constants come from `attributes`."""
-    graph.set_codegen(BoxedCodeGen(_written_out))
+    graph.set_codegen(BoxedCodeGen(_yielding, DIRECT))
     graph.lint()
     return fx.GraphModule(attributes, graph, class_name=name)
 
@@ -63,14 +68,9 @@ _CALL = re.compile(
 )
 
 
-def _written_out(lines: list[str]) -> list[str]:
-    """The generated body with deliveries yielded, and frequent ops called directly."""
-    return [_OVERLOAD.sub(_direct, _yield_after(line)) for line in "".join(lines).splitlines(keepends=True)]
-
-
-def _direct(call: re.Match[str]) -> str:
-    function = DIRECT.get(call[1])
-    return call[0] if function is None else f"{function}("
+def _yielding(lines: list[str]) -> list[str]:
+    """The generated body with deliveries yielded."""
+    return [_yield_after(line) for line in "".join(lines).splitlines(keepends=True)]
 
 
 def _yield_after(line: str) -> str:
