@@ -26,7 +26,7 @@ from fxckpt.profile.build import CostModel, OpCost, written_bytes
 from fxckpt.profile.clock import clock_of
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.known import KNOWN, Key, key_of
-from fxckpt.profile.standalone import Call, NoMemoryError, NotRunnableError, Standalone, try_run, with_memory
+from fxckpt.profile.standalone import Call, NoMemory, NotRunnable, Standalone, try_run, with_memory
 from fxckpt.profile.workspace import workspaces
 
 _LEFT_OUT = 0.01  # the share of the step's estimated time that is not measured
@@ -68,9 +68,9 @@ def correct_private(nodes: Iterable[fx.Node], given: Mapping[fx.Node, torch.Tens
         try:
             if key not in KNOWN.private_sizes:
                 KNOWN.private_sizes[key] = with_memory(functools.partial(_sizes, node, run))
-        except NotRunnableError:
+        except NotRunnable:
             continue
-        except NoMemoryError:
+        except NoMemory:
             _warn_of_memory([node], "the buffers that they hand to backward are counted as empty")
         else:
             private.correct_sizes(node, KNOWN.private_sizes[key])
@@ -91,9 +91,9 @@ def _measure_workspaces(distinct: Mapping[Key, fx.Node], run: Standalone) -> dic
         found = workspaces(calls, place)
         for key, node in some.items():
             taken = found[key[0]]
-            if isinstance(taken, NoMemoryError):
+            if isinstance(taken, NoMemory):
                 lacking[key] = node
-            elif isinstance(taken, NotRunnableError):
+            elif isinstance(taken, NotRunnable):
                 KNOWN.refused.add(key)
             else:
                 KNOWN.workspace_bytes[key] = taken

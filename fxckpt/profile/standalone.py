@@ -30,11 +30,11 @@ _MOST_PRODUCERS = 256
 _WELL_TAGGED = frozenset(("aten", "prims", "fxckpt"))  # operators of others may draw and not say so
 
 
-class NotRunnableError(Exception):
+class NotRunnable(Exception):  # noqa: N818, since users never see it
     """An op can't be run by itself: it acts on more than its arguments, or refuses those that can be had."""
 
 
-class NoMemoryError(Exception):
+class NoMemory(Exception):  # noqa: N818, as above
     """There is not enough memory to run an op by itself."""
 
 
@@ -90,15 +90,15 @@ class Standalone:
         """The call of an op. Ops that make its arguments are run, the op itself is not.
 
         Raises:
-            NotRunnableError: it can't be run by itself.
-            NoMemoryError: there is no memory for its arguments.
+            NotRunnable: it can't be run by itself.
+            NoMemory: there is no memory for its arguments.
         """
         return with_memory(lambda: self._call(node, {}))
 
     def _call(self, node: fx.Node, made: dict[fx.Node, Any]) -> Call:
         target = node.target
         if not is_operator(target) or is_collective(node) or returns_nothing(target):
-            raise NotRunnableError(f"{target} acts on more than its arguments")
+            raise NotRunnable(f"{target} acts on more than its arguments")
         sources = sorted(node.all_input_nodes, key=lambda source: not has_meaning(source))
         for source in sources:  # those that are run first: their producers' other results are then there, too
             self._make(source, made)
@@ -113,7 +113,7 @@ class Standalone:
         if node in made:
             return
         if len(made) > _MOST_PRODUCERS:
-            raise NotRunnableError("too many ops would have to be run for its arguments")
+            raise NotRunnable("too many ops would have to be run for its arguments")
         if node.op == "get_attr":
             made[node] = getattr(node.graph.owning_module, str(node.target), None)
         elif node.op != "placeholder" and is_selection(node) and (has_meaning(node) or node.args[0] in made):
@@ -153,7 +153,7 @@ def try_run(call: Call) -> Any:
     """What a call returns.
 
     Raises:
-        NotRunnableError: the op refuses its arguments.
+        NotRunnable: the op refuses its arguments.
     """
     with _refused(f"{call.target} refuses its arguments"):
         return call.run()
@@ -166,19 +166,19 @@ def _refused(why: str) -> Iterator[None]:
     """
     try:
         yield
-    except NotRunnableError:
+    except NotRunnable:
         raise
     except Exception as error:
         if isinstance(error, torch.AcceleratorError) or lacks_memory(error):
             raise
-        raise NotRunnableError(f"{why}: {error}") from error
+        raise NotRunnable(f"{why}: {error}") from error
 
 
 def with_memory(run: Callable[[], _Result]) -> _Result:
     """What `run` returns; where memory is short it is run again when all that torch keeps in reserve has been freed.
 
     Raises:
-        NoMemoryError: that was not enough.
+        NoMemory: that was not enough.
     """
     try:
         return run()
@@ -193,7 +193,7 @@ def with_memory(run: Callable[[], _Result]) -> _Result:
     except Exception as error:
         if not lacks_memory(error):
             raise
-        raise NoMemoryError(str(error)) from error
+        raise NoMemory(str(error)) from error
 
 
 def lacks_memory(error: Exception) -> bool:

@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 
-from fxckpt.profile.standalone import Call, NoMemoryError, NotRunnableError, try_run, with_memory
+from fxckpt.profile.standalone import Call, NoMemory, NotRunnable, try_run, with_memory
 from fxckpt.units import CUDA_BLOCK_BYTES
 from fxckpt.upstream.allocator import allocation_changes
 
 _MARK_BYTES = {"cpu": 14_407, "cuda": 2039 * CUDA_BLOCK_BYTES}
 """By kind of device the size of an allocation that stands between two ops in the list of allocations [B]."""
 
-Failure = NotRunnableError | NoMemoryError
+Failure = NotRunnable | NoMemory
 Workspaces = dict[str, int | Failure]
 """By the name of a call: its workspace [B], or why there is none."""
 
@@ -53,7 +53,7 @@ def workspaces(calls: Mapping[str, Callable[[], Call]], device: torch.device) ->
         for name, make in calls.items():
             try:
                 with_memory(functools.partial(run_once, name, make))
-            except (NotRunnableError, NoMemoryError) as failure:
+            except (NotRunnable, NoMemory) as failure:
                 found[name] = failure
 
     changes = list(allocation_changes(run_all, device)) if calls else []

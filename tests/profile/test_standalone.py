@@ -17,7 +17,7 @@ from fxckpt.profile import known, measure, standalone, workspace
 from fxckpt.profile.build import OpCost, working_nodes
 from fxckpt.profile.known import Known
 from fxckpt.profile.measure import measured
-from fxckpt.profile.standalone import NoMemoryError, NotRunnableError, Standalone, has_meaning, try_run
+from fxckpt.profile.standalone import NoMemory, NotRunnable, Standalone, has_meaning, try_run
 
 MAGIC, SEED = 1234.5, 77
 LIBRARY = torch.library.Library("hidden_meaning", "DEF")
@@ -208,7 +208,7 @@ ACTS: dict[str, Any] = {
 @pytest.mark.parametrize("what", ACTS)
 def test_what_acts_on_more_than_its_arguments_is_never_run(what: str) -> None:
     nodes = graph_of((None, (), torch.empty(3)), ACTS[what](At(0)))
-    with pytest.raises(NotRunnableError, match="acts on more"):
+    with pytest.raises(NotRunnable, match="acts on more"):
         Standalone().call(nodes[1])
     cost = measured(nodes[1:], lambda _: OpCost(7.0), times=True)
     assert cost(nodes[1]) == OpCost(7.0, 0)
@@ -224,7 +224,7 @@ def test_results_of_what_is_never_run_make_nothing_up() -> None:
         (None, (), torch.empty(9)),
         (torch.ops.aten.gather.default, (At(3), 0, At(2)), torch.empty(3)),
     )
-    with pytest.raises(NotRunnableError, match="wait_tensor"):
+    with pytest.raises(NotRunnable, match="wait_tensor"):
         Standalone().call(nodes[-1])
 
 
@@ -312,7 +312,7 @@ def test_memory_that_is_there_at_the_second_try_is_enough() -> None:
     def never() -> int:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(NoMemoryError, match="out of memory"):
+    with pytest.raises(NoMemory, match="out of memory"):
         standalone.with_memory(never)
 
 
