@@ -117,6 +117,7 @@ def test_backward_runs_on_forwards_stream(own_stream: bool, loss_on_it: bool) ->
     assert_same_gradients(optimized, model)
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")  # parameters belong to one of them
 def test_steps_on_two_streams_at_once() -> None:
     model, optimized, x = build()
     streams = torch.cuda.Stream(), torch.cuda.Stream()
@@ -176,6 +177,7 @@ def test_a_model_with_a_checkpoint_of_its_own(verify: bool) -> None:
     assert_same_gradients(optimized, model)
 
 
+@pytest.mark.xfail(strict=True, reason="the thread of a device does not have the context of the caller on torch 2.11")
 def test_a_planned_call_in_backward_belongs_to_the_step() -> None:
     inner = fxckpt.optimize(nn.Sequential(nn.Linear(64, 64), nn.Tanh()).cuda(), 2**40)
     x = torch.randn(16, 64, device="cuda", requires_grad=True)
