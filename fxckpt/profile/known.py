@@ -87,16 +87,21 @@ def kept_on(file: Path | None, place: torch.device, keys: dict[str, Key], *, def
         yield
         return
     machine = cost_cache.machine_name(place)
-    _read(file, machine, keys, default=default)
+    held = _read(file, machine, keys, default=default)
     before = {key: KNOWN.of(key) for key in keys.values()}
     yield
-    fresh = {form: cost for form, key in keys.items() if (cost := KNOWN.of(key)) != before[key]}
+    costs = {form: KNOWN.of(key) for form, key in keys.items()}
+    fresh = {f: cost for f, cost in costs.items() if cost != before[keys[f]] or cost.keys() - held.get(f, {}).keys()}
     if fresh:
         cost_cache.write(file, machine, fresh, default=default)
 
 
-def _read(file: Path, machine: str, keys: dict[str, Key], *, default: bool) -> None:
-    """Learn what a file holds of some ops. What this process has measured itself stays."""
+def _read(file: Path, machine: str, keys: dict[str, Key], *, default: bool) -> cost_cache.Costs:
+    """Learn what a file holds of some ops. What this process has measured itself stays.
+
+    Returns:
+        All that the file holds.
+    """
     changed_ns = file.stat().st_mtime_ns if file.exists() else 0
     seen_ns, costs = KNOWN.files.get((file, machine), (0, {}))
     if changed_ns == 0 or changed_ns != seen_ns:
@@ -108,3 +113,4 @@ def _read(file: Path, machine: str, keys: dict[str, Key], *, default: bool) -> N
             KNOWN.times_us.setdefault(key, float(cost["time_us"]))
         if "workspace_bytes" in cost:
             KNOWN.workspace_bytes.setdefault(key, int(cost["workspace_bytes"]))
+    return costs

@@ -236,3 +236,12 @@ def test_devices_of_a_kind_share_what_is_measured() -> None:
 def test_a_cache_where_nothing_is_measured_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match='use cost_model="measure"'):
         fxckpt.plan(net(), "1GB", example_inputs=(X,), cost_cache=tmp_path / "costs.json")
+
+
+def test_what_was_measured_before_is_written_to_a_new_file(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"example_inputs": (X,), "cost_model": "measure"}
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file in files:
+        fxckpt.plan(net(), "1GB", cost_cache=file, **how)
+    one, two = (file.read_text() for file in files)
+    assert one == two

@@ -189,7 +189,7 @@ class Moody(nn.Module):
 def test_a_model_that_is_another_one_where_dynamo_traces_it() -> None:
     _, x = net()
     with (
-        mock.patch("fxckpt.upstream.answers._QUESTIONS", frozenset()),
+        mock.patch("fxckpt.upstream.answers.QUESTIONS", frozenset()),
         pytest.raises(VerificationError, match="TorchDynamo traced computes something else than the model: output 0"),
     ):
         verified(Moody(), example_inputs=(x,))
