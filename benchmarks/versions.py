@@ -21,7 +21,9 @@ from xml.etree import ElementTree as ET
 
 from tabulate import tabulate
 
-BEGIN, END = "<!-- begin: python -m benchmarks.versions -->", "<!-- end -->"
+from benchmarks.marked import placed
+
+BEGIN = "<!-- begin: python -m benchmarks.versions -->"
 HEADINGS = ("torch", "Python", "passed", "failed", "skipped", "date")
 
 Run = dict[str, Any]
@@ -65,11 +67,7 @@ def table(runs: Sequence[Run]) -> str:
 
 def with_table(page: str, runs: Sequence[Run]) -> str:
     """The page with the table in its place."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise SystemExit(f"the README has no place for the table: put {BEGIN} and {END} where it goes")
-    return f"{before}{begin}\n\n{table(runs)}\n\n{end}{after}"
+    return placed(page, BEGIN, table(runs))
 
 
 def main() -> None:

@@ -79,6 +79,15 @@ def within(budget: str | int | float, peak_bytes: int, kept_bytes: int = 0) -> i
     return kept_bytes + int(budget * (peak_bytes - kept_bytes))
 
 
+def block_bytes_on(kind: str, otherwise_bytes: int = 1) -> int:
+    """The blocks that memory of a kind of device comes in: those of CUDA's allocator, elsewhere others [B].
+
+    >>> block_bytes_on("cuda"), block_bytes_on("cpu")
+    (512, 1)
+    """
+    return CUDA_BLOCK_BYTES if kind == "cuda" else otherwise_bytes
+
+
 def whole_blocks(size_bytes: int, block_bytes: int) -> int:
     """A size rounded up to whole blocks [B]; nothing takes nothing.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.models.cases import GPT, Arguments, Case, ResNet, llama, own_loss, tokens
+from benchmarks.models.zoo import LLAMA_1B
 from benchmarks.peers.subjects import Subject
 
 
@@ -62,18 +63,9 @@ def llama_1b() -> tuple[nn.Module, Arguments]:
     """Llama of 1.3 billion parameters (the sizes of Sheared-LLaMA-1.3B), in bfloat16; 4 × 2,048 labelled tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        max_position_embeddings=4096,
-        use_cache=False,
-    )
-    ids = tokens(4, 2048, 32_000)
-    return LlamaForCausalLM(config).bfloat16(), ((), {"input_ids": ids, "labels": ids})
+    model = LlamaForCausalLM(LlamaConfig(**LLAMA_1B, max_position_embeddings=4096))
+    ids = tokens(4, 2048, LLAMA_1B["vocab_size"])
+    return model.bfloat16(), ((), {"input_ids": ids, "labels": ids})
 
 
 def tiny_llama() -> tuple[nn.Module, Arguments]:

@@ -159,20 +159,23 @@ def llama3_8b() -> tuple[nn.Module, Arguments]:
     return model, ((), {"input_ids": ids, "labels": ids})
 
 
+LLAMA_1B = {
+    "vocab_size": 32_000,
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "use_cache": False,
+}
+"""A config of transformers' Llama with 1.3 billion parameters: the sizes of Sheared-LLaMA-1.3B."""
+
+
 def llama_1b() -> tuple[nn.Module, Arguments]:
     """transformers' Llama of 1.3 billion parameters on the meta device; 4 × 2,048 labelled tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5504,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        use_cache=False,
-    )
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(LlamaConfig(**LLAMA_1B))
         ids = torch.zeros(4, 2048, dtype=torch.long)
     return model, ((), {"input_ids": ids, "labels": ids})
 

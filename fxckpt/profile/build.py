@@ -14,7 +14,7 @@ from fxckpt.capture.nodes import device, has_effects, is_random, tensors, value,
 from fxckpt.core.graph import Graph, Op, Storage
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
-from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
+from fxckpt.units import block_bytes_on, whole_blocks
 from fxckpt.upstream.pytree import tree_map_only
 from fxckpt.upstream.tensors import memory_bytes
 
@@ -159,5 +159,5 @@ def _state_bytes(node: fx.Node) -> int:
 
 def _size_bytes(node: fx.Node, block_bytes: int) -> int:
     """Bytes of tensors of the form of an op's results [B]."""
-    block_bytes = CUDA_BLOCK_BYTES if device(node).type == "cuda" else block_bytes
+    block_bytes = block_bytes_on(device(node).type, block_bytes)
     return sum(whole_blocks(t.numel() * t.element_size(), block_bytes) for t in tensors(node))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fxckpt.errors import BudgetError
-from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
+from fxckpt.units import block_bytes_on, whole_blocks
 from fxckpt.upstream.pytree import tensors_in
 from fxckpt.upstream.tensors import device_of
 
@@ -85,6 +85,6 @@ def _tensor_bytes(state: Any, place: torch.device | None = None, other: torch.de
     for tensor in tensors_in(list(state.values())):
         there = (place if tensor.is_meta else other) or tensor.device
         size_bytes = tensor.numel() * tensor.element_size()
-        block_bytes = CUDA_BLOCK_BYTES if there.type == "cuda" else 1
-        sizes_bytes[there.type] = sizes_bytes.get(there.type, 0) + whole_blocks(size_bytes, block_bytes)
+        taken_bytes = whole_blocks(size_bytes, block_bytes_on(there.type))
+        sizes_bytes[there.type] = sizes_bytes.get(there.type, 0) + taken_bytes
     return sizes_bytes["cuda"] if "cuda" in sizes_bytes else sum(sizes_bytes.values())

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxckpt.units import CUDA_BLOCK_BYTES, whole_blocks
+from fxckpt.units import block_bytes_on, whole_blocks
 
 
 def storage_key(value: Any) -> int | None:
@@ -19,7 +19,7 @@ def storage_key(value: Any) -> int | None:
 def occupied_bytes(tensor: torch.Tensor, block_bytes: int = 1) -> int:
     """The memory behind a tensor: on CUDA whole blocks, elsewhere blocks of `block_bytes` [B]."""
     size_bytes = tensor.untyped_storage().nbytes()
-    return whole_blocks(size_bytes, CUDA_BLOCK_BYTES if tensor.device.type == "cuda" else block_bytes)
+    return whole_blocks(size_bytes, block_bytes_on(tensor.device.type, block_bytes))
 
 
 def memory_bytes(tensors: Iterable[torch.Tensor]) -> int:
