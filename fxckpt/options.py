@@ -24,6 +24,7 @@ Budget = str | int | float | None
 
 CostModelName = Literal["auto", "estimate", "measure", "reference"]
 Gradients = Literal["auto", "fresh", "allocated"]
+BackendName = Literal["python", "inductor", "auto"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,9 @@ class Options:
         run_ops: whether ops may be run to find their workspace and time.
         plan: a plan to apply instead of solving.
         verify: whether to compare a step with the plain model's whenever one is planned.
+        backend: what runs a plan: "python" calls op after op, bit for bit what eager computes; "inductor" fuses ops, as
+            torch.compile does, whose bits it then has; "auto" takes Inductor on CUDA and Python elsewhere.
+        bitwise: whether gradients must be eager's bits; "auto" then takes Python everywhere.
         methods: names of methods to plan beside forward.
         graph_breaks: whether a model may run as several graphs, each planned.
         max_plans: how many plans are kept.
@@ -128,6 +132,11 @@ class Options:
             "whether .grad is empty or filled before the step (default: auto)", choices=get_args(Gradients)
         ),
     )
+    backend: BackendName = field(
+        default="python",
+        metadata=_on_command_line("what runs the plan (default: python)", choices=("python", "inductor", "auto")),
+    )
+    bitwise: bool = False
     run_ops: bool = True
     plan: Plan | None = None
     verify: bool = False
@@ -141,6 +150,13 @@ class Options:
             raise BudgetError(f"there is no cost model {self.cost_model!r}; choose one of {names}")
         if self.gradients not in get_args(Gradients):
             raise BudgetError(f'gradients must be "auto", "fresh" or "allocated", not {self.gradients!r}')
+        if self.backend not in get_args(BackendName):
+            raise BudgetError(f'backend must be "python", "inductor" or "auto", not {self.backend!r}')
+        if self.bitwise and self.backend == "inductor":
+            raise BudgetError(
+                'backend="inductor" has the bits of torch.compile, not those of eager that bitwise=True asks for: use '
+                'backend="python", or leave bitwise out'
+            )
         if isinstance(self.budget, str):
             parse_bytes(self.budget)
         _ = self.reserve_bytes
@@ -153,6 +169,12 @@ class Options:
         if isinstance(reserve_bytes, bool) or not isinstance(reserve_bytes, int) or reserve_bytes < 0:
             raise BudgetError(f"reserve must be a number of bytes, zero or more, not {self.reserve!r}")
         return reserve_bytes
+
+    def fuses(self, device: torch.device) -> bool:
+        """Whether plans for a device are run by Inductor."""
+        return self.backend == "inductor" or (
+            self.backend == "auto" and not self.bitwise and device.type == "cuda"
+        )
 
     @cached_property
     def solver_arguments(self) -> dict[str, Any]:
@@ -171,6 +193,7 @@ class OptimizeOptions(TypedDict, total=False):
     device: str | DeviceProfile | None
     optimizer: torch.optim.Optimizer | str | None
     reserve: int | str
+    backend: BackendName
 
 
 class PlanOptions(OptimizeOptions, total=False):

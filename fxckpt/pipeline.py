@@ -29,11 +29,14 @@ from fxckpt.options import Budget, Options
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.costs import cost_model, name_on
 from fxckpt.profile.device_memory import allocator_settings, block_bytes, give_back_free_blocks, library_bytes
+from fxckpt.profile.fused import fuse
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
+from fxckpt.profile.storage import map_storages
 from fxckpt.rewrite.backends import python
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.rewrite.verify import verify
 from fxckpt.runtime.autograd import Program, Tangents
+from fxckpt.upstream.tensors import device_of
 from fxckpt.units import format_bytes, within
 
 
@@ -73,8 +76,11 @@ def profile_step(
     Raises:
         CaptureError: the model can't be captured as one graph.
     """
-    joint = capture(model, args, kwargs, forward=forward, tangents=tangents, capability=capability)
     arguments, _ = take_apart((tuple(args), kwargs))
+    lowered = options.fuses(device_of((*model.parameters(), *arguments)))
+    joint = capture(
+        model, args, kwargs, forward=forward, tangents=tangents, capability=capability, lowered=lowered
+    )
     given = {i.node: arguments[i.index] for i in joint.roles.inputs if i.kind is InputKind.ARGUMENT}
     return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated, given=given)
 
@@ -98,6 +104,8 @@ def profile_of(
         unused_bytes: those of parameters and buffers that it does not read [B].
         given: what its inputs are, as far as they are known.
     """
+    blocks_bytes = block_bytes(joint.device, options.device)
+    fused = fuse(joint, map_storages(joint, blocks_bytes)) if joint.lowered else None
     costs = cost_model(
         joint,
         options.cost_model,
@@ -105,9 +113,10 @@ def profile_of(
         cost_cache=options.cost_cache,
         run_ops=options.run_ops,
         given=given,
+        fused=fused,
     )
     give_back_free_blocks(joint.device)
-    profile = build(joint, costs, block_bytes(joint.device, options.device))
+    profile = build(joint, costs, blocks_bytes, fused)
     if unused_bytes:
         unused = Storage("unused parameters and buffers", unused_bytes, "parameter")
         profile = replace(profile, graph=replace(profile.graph, storages=(*profile.graph.storages, unused)))
@@ -245,9 +254,18 @@ def _warn_if_over(plan: Plan, budget_bytes: int) -> None:
 
 def make_program(profile: Profile, timeline: Timeline, hooked: frozenset[int] = frozenset()) -> Program:
     """Emit the graphs of a simulated schedule, and check that what runs is that schedule; `hooked` as for `emit`."""
-    executable = python.executable(profile, timeline, hooked)
+    executable = _backend(profile).executable(profile, timeline, hooked)
     verify(profile, timeline, executable)
     return Program(profile.joint.roles, executable)
+
+
+def _backend(profile: Profile) -> Any:
+    """What runs plans of a step."""
+    if not profile.joint.lowered:
+        return python
+    from fxckpt.rewrite.backends import inductor  # which takes a second to import
+
+    return inductor
 
 
 def make_bridge(ran: Program, other: Profile) -> Program:
@@ -258,7 +276,7 @@ def make_bridge(ran: Program, other: Profile) -> Program:
         RuntimeContractError: the two captures don't have the same forward.
     """
     emitted = bridge(ran.emitted, other)
-    return Program(other.joint.roles, python.continuing(ran.executable, emitted, other))
+    return Program(other.joint.roles, _backend(other).continuing(ran.executable, emitted, other))
 
 
 def annotate(profile: Profile, plan: Plan) -> None:

@@ -8,7 +8,7 @@ knows the module and the source line that it comes from.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from fxckpt.errors import CaptureError
 from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph, module_key
 from fxckpt.upstream.hooks import buffers_of, children_of, parameters_of
-from fxckpt.upstream.tensors import is_wrapper, memory_bytes, storage_key
+from fxckpt.upstream.tensors import device_of, is_wrapper, memory_bytes, storage_key
 
 _PART = re.compile(
     r"\._modules\['(?P<module>[^']+)'\]|\._parameters\['(?P<parameter>[^']+)'\]|\._buffers\['(?P<buffer>[^']+)'\]"
@@ -119,14 +119,27 @@ class Lifted:
         )
 
     def capture(
-        self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, tuple[int, ...]] | None = None
+        self,
+        inputs: Sequence[torch.Tensor],
+        tangents: Mapping[int, tuple[int, ...]] | None = None,
+        *,
+        lowered: Callable[[torch.device], bool] | None = None,
     ) -> JointGraph:
-        """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
+        """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` and, given the device,
+        `lowered` as for `capture`."""
         if self._checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
             say_bypassed()
         arguments = [inputs[index] for index in self.arguments]
         held = self.held
-        return capture(held, arguments, forward=held.forward, tangents=tangents, likely=self.likely, annotates=True)
+        return capture(
+            held,
+            arguments,
+            forward=held.forward,
+            tangents=tangents,
+            likely=self.likely,
+            annotates=True,
+            lowered=lowered is not None and lowered(device_of((*held.parameters(), *arguments))),
+        )
 
 
 def _check(source: str, example: Any) -> None:

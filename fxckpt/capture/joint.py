@@ -52,6 +52,7 @@ class JointGraph:
         device: where the model is, meta if it is traced for another.
         asked: numbers of the arguments (tensors, in the order of `inputs`) of which the graph holds for the present
             `only_value` alone.
+        lowered: whether ops are those that Inductor takes apart what is called into, rather than what eager runs.
     """
 
     module: fx.GraphModule
@@ -61,6 +62,7 @@ class JointGraph:
     places: dict[fx.Node, tuple[str, str]]
     device: torch.device
     asked: frozenset[int]
+    lowered: bool = False
 
 
 def capture(
@@ -73,6 +75,7 @@ def capture(
     likely: frozenset[int] | None = None,
     annotates: bool = False,
     capability: tuple[int, int] | None = None,
+    lowered: bool = False,
 ) -> JointGraph:
     """Trace forward and backward of `model` for these inputs. Nothing is computed; the model is left as it was.
 
@@ -87,6 +90,7 @@ def capture(
             known.
         annotates: the model tells itself, op by op, where it comes from.
         capability: trace as on a GPU of this compute capability a model that is on the meta device or the CPU.
+        lowered: trace what Inductor lowers: ops taken apart by its table, and its patterns replaced.
 
     Raises:
         CaptureError: the model can't be one graph: it decides on values of tensors, changes its attributes, and the
@@ -112,13 +116,18 @@ def capture(
         else:
             stack.enter_context(right_strides())
         stack.enter_context(_backward_from(traced, tangents, likely))
-        module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors, capability)))
+        given = stack.enter_context(made_present(traced, tensors, capability))
+        module, metadata = _export(stack, traced, given, lowered=lowered)
     outputs = traced.outputs
     if outputs is None:
         raise CaptureError("the model's forward was never called while it was captured")
+    if lowered:
+        from fxckpt.upstream.inductor.lowered import rewrite_patterns
+
+        rewrite_patterns(module, device)
     clean(module)
     roles, places = read_roles(module.graph, metadata), of_nodes(module.graph)
-    return JointGraph(module, roles, inputs, outputs, places, device, frozenset(constants.asked))
+    return JointGraph(module, roles, inputs, outputs, places, device, frozenset(constants.asked), lowered)
 
 
 @contextlib.contextmanager
@@ -191,19 +200,25 @@ then yes, since models then avoid to read data."""
 
 
 def _export(
-    stack: contextlib.ExitStack, traced: FunctionalModel, tensors: list[torch.Tensor]
+    stack: contextlib.ExitStack, traced: FunctionalModel, tensors: list[torch.Tensor], *, lowered: bool
 ) -> tuple[fx.GraphModule, Any]:
     """Export the joint graph with the first answers that allow it; also returns AOTAutograd's metadata."""
     stack.enter_context(torch.enable_grad())
-    stack.enter_context(own_kernels())
-    stack.enter_context(kernels_on_cuda())
+    apart = None
+    if lowered:
+        from fxckpt.upstream.inductor.lowered import decompositions  # which takes a second to import
+
+        apart = decompositions()
+    else:
+        stack.enter_context(own_kernels())
+        stack.enter_context(kernels_on_cuda())
     stack.enter_context(checks_kept())
     failures: list[Exception] = []
     for told in _TOLD:
         try:
             with contextlib.ExitStack() as attempt:
                 attempt.enter_context(told())
-                graph = attempt.enter_context(exported(traced, tensors))
+                graph = attempt.enter_context(exported(traced, tensors, apart))
                 stack.push(attempt.pop_all())
                 return graph
         except Exception as error:

@@ -137,7 +137,7 @@ class PlannedGraph:
     def _profile(
         self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
     ) -> Profile:
-        joint = self._lifted.capture(inputs, tangents)
+        joint = self._lifted.capture(inputs, tangents, lowered=self._planning.options.fuses)
         parameters = [inputs[i] for i in self._parameter_places]
         return profile_of(
             joint,

@@ -61,7 +61,7 @@ def profile_call(
         lifted = Lifted(graph, model)
 
         def profile(*inputs: torch.Tensor) -> Any:
-            joint = replace(lifted.capture(inputs), device=device)
+            joint = replace(lifted.capture(inputs, lowered=options.fuses), device=device)
             parameters, unused_bytes = model.parameters(), lifted.unused_bytes
             raise _Profiled(
                 profile_of(

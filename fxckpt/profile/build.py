@@ -56,10 +56,16 @@ class Profile:
         return tuple(node for part in self.parts for node in part)
 
 
-def build(joint: JointGraph, cost: CostModel, block_bytes: int = 1) -> Profile:
-    """Build the `Graph` of a captured step, with times and workspaces by a cost model; `block_bytes` as for
-    `map_storages`."""
-    map_ = map_storages(joint, block_bytes)
+def build(joint: JointGraph, cost: CostModel, block_bytes: int = 1, map_: StorageMap | None = None) -> Profile:
+    """Build the `Graph` of a captured step, with times and workspaces by a cost model.
+
+    Args:
+        joint: the captured step.
+        cost: what ops cost.
+        block_bytes: as for `map_storages`.
+        map_: its storages, if not all that it computes is to be in memory.
+    """
+    map_ = map_ or map_storages(joint, block_bytes)
     working = working_nodes(joint, map_)
     nodes = [n for n in working if n in map_.forward] + [n for n in working if n not in map_.forward]
     replayed = _ReplayedStorages(joint, map_)
@@ -132,8 +138,22 @@ def _op(node: fx.Node, joint: JointGraph, map_: StorageMap, replayed: _ReplayedS
         ordered=has_effects(node),
         module=module,
         source=source,
-        signature=op_form(node),
+        signature=";".join(map(op_form, (*inlined_into(node, map_), node))),
     )
+
+
+def inlined_into(node: fx.Node, map_: StorageMap) -> list[fx.Node]:
+    """The nodes that an op computes on the way to its own results, each once, behind those that it reads."""
+    found: dict[fx.Node, None] = {}
+    stack = [(n, False) for n in reversed(node.all_input_nodes)]
+    while stack:
+        source, ready = stack.pop()
+        if ready:
+            found[source] = None
+        elif source in map_.inlined and source not in found:
+            stack.append((source, True))
+            stack += [(n, False) for n in reversed(source.all_input_nodes)]
+    return list(found)
 
 
 def op_form(node: fx.Node) -> str:

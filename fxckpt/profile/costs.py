@@ -16,8 +16,10 @@ from fxckpt.profile.build import CostModel, OpCost, working_nodes
 from fxckpt.profile.calibrate import profile_of
 from fxckpt.profile.devices import DEVICES, DeviceProfile, named
 from fxckpt.profile.estimate import estimate_us
+from fxckpt.profile.fused import kernel_costs
 from fxckpt.profile.known import kept
 from fxckpt.profile.measure import correct_private, measured
+from fxckpt.profile.storage import StorageMap
 
 
 def cost_model(
@@ -28,6 +30,7 @@ def cost_model(
     cost_cache: str | os.PathLike[str] = "auto",
     run_ops: bool = True,
     given: Mapping[fx.Node, torch.Tensor] | None = None,
+    fused: StorageMap | None = None,
 ) -> CostModel:
     """What the ops of a step cost; workspaces are measured wherever ops may be run.
 
@@ -38,6 +41,7 @@ def cost_model(
         cost_cache: file of measured costs; "auto" for the user's, "off" for none.
         run_ops: whether ops may be run; on the meta device none can.
         given: what inputs of the captured graph really are, as far as they are known.
+        fused: the storages of the step if it runs in kernels of several nodes each.
 
     Raises:
         BudgetError: ops are to be run but can't be, or there is no device of the name given.
@@ -56,13 +60,15 @@ def cost_model(
         )
     file = files.default_file() if cost_cache == "auto" else None if cost_cache == "off" else Path(cost_cache)
     default = cost_cache == "auto"
-    if name == "reference":
-        estimate = estimated(DEVICES["reference"])
-    else:
-        estimate = estimated(device_profile(joint.device, device, file, default=default))
+    rates = DEVICES["reference"] if name == "reference" else device_profile(joint.device, device, file, default=default)
+    estimate = estimated(rates)
+    if fused is not None:
+        estimate = kernel_costs(fused, estimate, rates)
     if not runs:
         return estimate
-    nodes = working_nodes(joint)
+    nodes = working_nodes(joint, fused)
+    if fused is not None:
+        nodes = [node for node in nodes if not any(source in fused.inlined for source in node.all_input_nodes)]
     correct_private(nodes, given)
     with kept(file, nodes, default=default):
         return measured(nodes, estimate, times=name == "measure", given=given)

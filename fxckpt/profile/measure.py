@@ -39,7 +39,7 @@ def measured(
     """Measure what is not known yet, and give the costs.
 
     Args:
-        nodes: the ops of a step.
+        nodes: the ops of a step, or those of them that can be run by themselves.
         estimate: what ops cost that are not measured.
         times: whether times are measured, too, or workspaces alone.
         given: what inputs of the graph really are, as far as that is known.
@@ -51,11 +51,11 @@ def measured(
     scale = _measure_times(distinct, Counter(keys.values()), estimate, run) if times else 1.0
 
     def cost(node: fx.Node) -> OpCost:
-        key = keys.get(node) or key_of(node)
-        time_us = KNOWN.times_us.get(key) if times else None
+        key = keys.get(node)
+        time_us = KNOWN.times_us.get(key) if times and key else None
         if time_us is None:
             time_us = estimate(node).time_us * (1.0 if count_flops(node) else scale)
-        return OpCost(time_us, KNOWN.workspace_bytes.get(key, guesses.get(key, 0)))
+        return OpCost(time_us, KNOWN.workspace_bytes.get(key, guesses.get(key, 0)) if key else 0)
 
     return cost
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -23,12 +24,15 @@ class StorageMap:
         behind: for each node that yields a tensor, the storage that the tensor is in.
         writes: for each node that does work, the storages it allocates; nodes that are missing here only make views.
         forward: the forward nodes that do work.
+        inlined: nodes whose values are never in memory, since the ops that read them compute them on the way; each with
+            the storages that it is computed from.
     """
 
     storages: tuple[Storage, ...]
     behind: dict[fx.Node, int]
     writes: dict[fx.Node, tuple[int, ...]]
     forward: frozenset[fx.Node]
+    inlined: Mapping[fx.Node, tuple[int, ...]] = field(default_factory=dict)
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether a node does no work: it looks at memory that others wrote, or picks one of an op's results."""
@@ -36,7 +40,12 @@ class StorageMap:
 
     def reads(self, node: fx.Node) -> tuple[int, ...]:
         """The storages that a node reads, each once."""
-        return tuple(dict.fromkeys(self.behind[n] for n in node.all_input_nodes if n in self.behind))
+        if not self.inlined:
+            return tuple(dict.fromkeys(self.behind[n] for n in node.all_input_nodes if n in self.behind))
+        found: dict[int, None] = {}
+        for n in node.all_input_nodes:
+            found.update(dict.fromkeys(self.inlined.get(n, (self.behind[n],) if n in self.behind else ())))
+        return tuple(found)
 
 
 def map_storages(joint: JointGraph, block_bytes: int = 1) -> StorageMap:

@@ -15,7 +15,7 @@ from fxckpt.capture.nodes import is_selection
 from fxckpt.core.graph import RESIDENT
 from fxckpt.core.schedule import Schedule
 from fxckpt.errors import RuntimeContractError
-from fxckpt.profile.build import Profile
+from fxckpt.profile.build import Profile, inlined_into
 from fxckpt.rewrite.emitted import Emitted
 from fxckpt.rewrite.writer import Writer
 
@@ -90,7 +90,8 @@ def _schedule(profile: Profile, saved: frozenset[fx.Node]) -> Schedule:
                 written.update(graph.ops[op].writes)
                 continue
             pending.append((op, True))
-            inputs = dict.fromkeys(n for node in profile.parts[op] for n in node.all_input_nodes)
+            parts = (n for node in profile.parts[op] for n in (node, *inlined_into(node, profile.map)))
+            inputs = dict.fromkeys(n for part in parts for n in part.all_input_nodes)
             lacking = [n for n in inputs if n in profile.map.behind and not is_there(n)]
             producers = dict.fromkeys(graph.producer[profile.map.behind[node]] for node in lacking)
             pending += [(producer, False) for producer in producers if producer != op]

@@ -1,7 +1,8 @@
 """Write the nodes of a forward or backward graph, step by step of a schedule.
 
 A step of the schedule becomes the nodes that its op stands for; views are made just before their first reader, and
-again where needed after that. Values that backward needs become outputs of the forward graph and inputs of the backward
+again where needed after that. What is computed within an op is made anew for each step that reads it. Values that
+backward needs become outputs of the forward graph and inputs of the backward
 graph.
 """
 
@@ -39,6 +40,7 @@ class Writer:
         self.tangents = tuple(i for i, output in enumerate(outputs) if output.tangent is not None)
         self._profile, self._schedule, self._before = profile, schedule, before
         self._values: dict[fx.Node, fx.Node] = {}
+        self._inlined: list[fx.Node] = []  # that have a value in the present step
         self._nodes_behind: dict[int, list[fx.Node]] = {}
         for node in profile.joint.module.graph.nodes:
             for storage in _storages_viewed(profile, node):
@@ -73,8 +75,11 @@ class Writer:
             raise InvalidScheduleError(f"{node.name} is read before it is computed")
         if stale:
             emitted.meta["fxckpt_node"] = node
+            emitted.meta["val"] = node.meta.get("val")
             return emitted
         self.place(node, emitted)
+        if node in self._profile.map.inlined:
+            self._inlined.append(node)
         return emitted
 
     def _viewed(self, node: fx.Node) -> set[fx.Node]:
@@ -126,6 +131,9 @@ class Writer:
             for storage in self._profile.map.writes[node]:
                 self._forget(storage)
             self._place_op(node, emitted, step, again=again)
+        for node in self._inlined:
+            self._values.pop(node, None)
+        self._inlined.clear()
         self._executed.add(index)
 
     def _place_op(self, node: fx.Node, emitted: fx.Node, step: int, *, again: bool) -> None:
@@ -173,6 +181,7 @@ class Writer:
             self.keep_replay(next(storages), state)
         for placeholder in self._changed_inputs(node):
             copy = self.graph.call_function(aten.clone.default, (self.value(placeholder),))
+            copy.meta["val"] = placeholder.meta["val"]
             self.keep_replay(next(storages), copy)
 
     def keep_replay(self, storage: int, emitted: fx.Node) -> None:
@@ -187,6 +196,7 @@ class Writer:
                 name = self._profile.graph.storages[storage].name
                 raise InvalidScheduleError(f"{name} was not kept, so what needs it can't be repeated")
             placeholder = self.graph.placeholder(source.name)
+            placeholder.meta["val"] = source.meta.get("val")
             self.keep_replay(storage, placeholder)
             self.inputs[source] = placeholder
             self.saved.append(source)

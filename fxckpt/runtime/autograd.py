@@ -181,13 +181,14 @@ class _Step:
         program = self._program if present == self._program.tangents else self._backward_for(present)
         emitted = program.emitted
         boxed = list(self._saved)
-        if not backward_keeps_graph():
+        kept = backward_keeps_graph()
+        if not kept:
             self._saved = None
             self._release()
         boxed += [self._given[i] for i in emitted.given]
         boxed += [t for i in emitted.tangents if (t := tangents[i]) is not None]
         tangents.clear()
-        self._running = program.executable.backward(boxed)
+        self._running = program.executable.backward(boxed, kept=kept)
 
     def _check_backward(self) -> None:
         if torch.is_grad_enabled():

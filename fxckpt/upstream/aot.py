@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,8 +51,14 @@ _SETTINGS: dict[str, Any] = {
 
 
 @contextlib.contextmanager
-def exported(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[tuple[fx.GraphModule, Any]]:
+def exported(
+    module: nn.Module,
+    tensors: Sequence[torch.Tensor],
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+) -> Iterator[tuple[fx.GraphModule, Any]]:
     """The joint graph of a module's forward and backward, and AOTAutograd's metadata of the forward.
+
+    Ops that `decompositions` has are taken apart by it.
 
     Eager's backward runs outside autocast; and eager casts a weight once however often it is used, where AOTAutograd
     would turn the cache off, and gradients would then be added up in the lower precision.
@@ -62,7 +68,9 @@ def exported(module: nn.Module, tensors: Sequence[torch.Tensor]) -> Iterator[tup
         function_replaced(disable_autocast_cache, just_yield),
         contextlib.ExitStack() as stack,
     ):
-        joint = aot_export_joint_with_descriptors(stack, module, tuple(tensors))
+        joint = aot_export_joint_with_descriptors(
+            stack, module, tuple(tensors), decompositions=dict(decompositions) if decompositions else None
+        )
         yield joint.graph_module, joint._aot_state.fw_metadata
 
 

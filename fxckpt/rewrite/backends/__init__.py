@@ -30,8 +30,9 @@ class Executable(Protocol):
     def forward(self, boxed: list[torch.Tensor], /) -> tuple[torch.Tensor, ...]:
         """From all inputs of the step to updates, outputs and what is saved."""
 
-    def backward(self, boxed: list[torch.Tensor], /) -> Iterator[list[torch.Tensor | None]]:
+    def backward(self, boxed: list[torch.Tensor], /, *, kept: bool = False) -> Iterator[list[torch.Tensor | None]]:
         """From what is saved, inputs and tangents to the gradients of each stage.
 
-        A list that is yielded is the caller's: who empties it before going on lets its gradients die.
+        A list that is yielded is the caller's: who empties it before going on lets its gradients die. If what is given
+        is `kept` for another backward, it stays as it is.
         """

@@ -31,7 +31,7 @@ class PythonExecutable:
         """From all inputs of the step to updates, outputs and what is saved."""
         return self.modules[0].forward(boxed)
 
-    def backward(self, boxed: list[torch.Tensor], /) -> Any:
+    def backward(self, boxed: list[torch.Tensor], /, *, kept: bool = False) -> Any:  # noqa: ARG002 (nothing is changed)
         """From what is saved, inputs and tangents to the gradients of each stage."""
         return self.modules[1].forward(boxed)
 
