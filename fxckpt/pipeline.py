@@ -24,12 +24,12 @@ from fxckpt.core.schedule import plain
 from fxckpt.core.shares import Offer
 from fxckpt.core.simulate import Timeline, simulate
 from fxckpt.core.solvers import solve
-from fxckpt.errors import BudgetError, OverBudgetWarning, PlanMismatchError
+from fxckpt.errors import BudgetError, InfeasibleBudgetError, OverBudgetWarning, PlanMismatchError
 from fxckpt.options import Budget, Options
 from fxckpt.profile.build import Profile, build
 from fxckpt.profile.costs import cost_model, name_on
 from fxckpt.profile.device_memory import allocator_settings, block_bytes, give_back_free_blocks, library_bytes
-from fxckpt.profile.fused import fuse
+from fxckpt.profile.fused import fuse, overwriting
 from fxckpt.profile.optimizer_state import optimizer_state_bytes
 from fxckpt.profile.storage import map_storages
 from fxckpt.rewrite.backends import python
@@ -117,6 +117,8 @@ def profile_of(
     )
     give_back_free_blocks(joint.device)
     profile = build(joint, costs, blocks_bytes, fused)
+    if fused is not None:
+        profile = overwriting(profile)
     if unused_bytes:
         unused = Storage("unused parameters and buffers", unused_bytes, "parameter")
         profile = replace(profile, graph=replace(profile.graph, storages=(*profile.graph.storages, unused)))
@@ -257,6 +259,49 @@ def make_program(profile: Profile, timeline: Timeline, hooked: frozenset[int] = 
     executable = _backend(profile).executable(profile, timeline, hooked)
     verify(profile, timeline, executable)
     return Program(profile.joint.roles, executable)
+
+
+_ATTEMPTS = 4
+"""So often a step is planned anew if the code that runs takes more than its plan."""
+
+
+def make_fitting(
+    profile: Profile, options: Options, before: Sequence[Plan], hooked: frozenset[int] = frozenset()
+) -> tuple[Plan, Program]:
+    """A plan and what runs it; if that takes more than the budget by its own code, one for as much less is made.
+
+    Args and errors as for `make_plan` and `make_program`. Where no plan fits, the one whose code takes least is taken,
+    and an `OverBudgetWarning` says how much that is.
+    """
+    plan = make_plan(profile, options, before)
+    found = [(plan, make_program(profile, plan.timeline, hooked))]
+    for _ in range(_ATTEMPTS):
+        plan, program = found[-1]
+        over_bytes = (program.executable.peak_bytes or 0) - plan.budget_bytes
+        if over_bytes <= 0:
+            return plan, program
+        if options.plan is not None:
+            break
+        try:
+            smaller = make_plan(profile, replace(options, budget=plan.peak_bytes - over_bytes), ())
+        except InfeasibleBudgetError:
+            break
+        smaller = replace(smaller, budget_bytes=plan.budget_bytes)
+        found.append((smaller, make_program(profile, smaller.timeline, hooked)))
+    plan, program = min(found, key=lambda made: made[1].executable.peak_bytes or 0)
+    _warn_if_code_is_over(plan, program.executable.peak_bytes or 0)
+    return plan, program
+
+
+def _warn_if_code_is_over(plan: Plan, peak_bytes: int) -> None:
+    if peak_bytes > plan.budget_bytes:
+        warnings.warn(
+            f"compiled, the step takes {format_bytes(peak_bytes)}, over the budget of {format_bytes(plan.budget_bytes)}: "
+            "kernels that were fused keep more in memory than the plan has. Leave room by reserve=, or use "
+            'backend="python", whose peak is the plan\'s',
+            OverBudgetWarning,
+            stacklevel=2,
+        )
 
 
 def _backend(profile: Profile) -> Any:

@@ -20,7 +20,7 @@ from fxckpt.core.plans import Plan
 from fxckpt.errors import OverBudgetWarning
 from fxckpt.module.entries import Entry
 from fxckpt.options import Options
-from fxckpt.pipeline import Compiled, annotate, make_plan, make_program
+from fxckpt.pipeline import Compiled, annotate, make_fitting, make_program
 from fxckpt.profile.build import Profile
 from fxckpt.runtime.autograd import Program, Tangents
 from fxckpt.steps.equivalence import check_same_step
@@ -84,11 +84,11 @@ class Planning:
         options = self.options
         if other_outputs and options.plan is not None:
             options = replace(options, plan=None, budget=options.plan.budget_bytes)
-        plan = make_plan(profile, options, self.plans)
+        plan, program = make_fitting(profile, options, self.plans, hooked)
         if not options.graph_breaks:
             self._look_outside(plan)
         self.plans.append(plan)
-        return self.runnable(profile, plan, hooked)
+        return self._compiled(profile, plan, program)
 
     def _look_outside(self, plan: Plan) -> None:
         """Warn once where a loss that is computed outside of the model may need more than the budget."""
@@ -106,7 +106,9 @@ class Planning:
 
     def runnable(self, profile: Profile, plan: Plan, hooked: frozenset[int]) -> Compiled:
         """A plan of a profiled step made runnable; `hooked` as for `compile`."""
-        program = make_program(profile, plan.timeline, hooked)
+        return self._compiled(profile, plan, make_program(profile, plan.timeline, hooked))
+
+    def _compiled(self, profile: Profile, plan: Plan, program: Program) -> Compiled:
         annotate(profile, plan)
         self.latest = Compiled(profile, plan, program)
         return self.latest

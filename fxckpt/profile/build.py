@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,20 +69,31 @@ def build(joint: JointGraph, cost: CostModel, block_bytes: int = 1, map_: Storag
     working = working_nodes(joint, map_)
     nodes = [n for n in working if n in map_.forward] + [n for n in working if n not in map_.forward]
     replayed = _ReplayedStorages(joint, map_)
-    ops = tuple(_op(node, joint, map_, replayed, cost) for node in nodes)
+    parts = tuple(_parts(nodes, map_))
+    ops = tuple(_op(part, joint, map_, replayed, cost) for part in parts)
     roles = joint.roles
     gradients = [i.gradient for i in roles.inputs if i.gradient is not None]
     graph = Graph(
         ops=ops,
         storages=(*map_.storages, *replayed.storages),
-        forward_count=sum(n in map_.forward for n in nodes),
+        forward_count=sum(part[0] in map_.forward for part in parts),
         outputs=_behind(map_, [o.node for o in roles.outputs]),
         updates=_behind(map_, [i.update for i in roles.inputs if i.update is not None]),
         gradients=_behind(map_, gradients),
         allocated_gradient_bytes=sum(_size_bytes(g, block_bytes) for g in gradients),
     )
     graph.check()
-    return Profile(joint, map_, tuple((node,) for node in nodes), graph)
+    return Profile(joint, map_, parts, graph)
+
+
+def _parts(nodes: list[fx.Node], map_: StorageMap) -> Iterator[tuple[fx.Node, ...]]:
+    """The nodes of each op: one, or several that are joined."""
+    part: list[fx.Node] = []
+    for node in nodes:
+        part.append(node)
+        if node not in map_.joined:
+            yield tuple(part)
+            part = []
 
 
 def working_nodes(joint: JointGraph, map_: StorageMap | None = None) -> list[fx.Node]:
@@ -119,26 +130,29 @@ class _ReplayedStorages:
         return self._offset + len(self.storages) - 1
 
 
-def _op(node: fx.Node, joint: JointGraph, map_: StorageMap, replayed: _ReplayedStorages, cost: CostModel) -> Op:
-    pinned = why_pinned(node)
-    estimate = cost(node)
+def _op(
+    part: tuple[fx.Node, ...], joint: JointGraph, map_: StorageMap, replayed: _ReplayedStorages, cost: CostModel
+) -> Op:
+    pinned = next(filter(None, map(why_pinned, part)), "")
+    costs = [cost(node) for node in part]
     # A repeated draw copies the generator's present state, before its outputs are there.
-    repeat_bytes = _state_bytes(node) - written_bytes(node) if is_random(node) and not pinned else 0
-    module, source = joint.places[node]
+    repeat_bytes = [_state_bytes(node) - written_bytes(node) for node in part if is_random(node) and not pinned]
+    module, source = joint.places[part[0]]
+    written = tuple(dict.fromkeys(s for node in part for s in map_.writes[node]))
     return Op(
-        name=node.name,
-        target=str(node.target),
-        reads=map_.reads(node),
-        writes=map_.writes[node],
-        replay=() if pinned else replayed.of(node),
-        time_us=estimate.time_us,
-        flops=count_flops(node),
-        workspace_bytes=max(estimate.workspace_bytes, repeat_bytes),
+        name=part[-1].name,
+        target=" ".join(str(node.target) for node in part),
+        reads=tuple(dict.fromkeys(s for node in part for s in map_.reads(node) if s not in written)),
+        writes=written,
+        replay=() if pinned else tuple(s for node in part for s in replayed.of(node)),
+        time_us=sum(spent.time_us for spent in costs),
+        flops=sum(map(count_flops, part)),
+        workspace_bytes=max(0, *(spent.workspace_bytes for spent in costs), *repeat_bytes),
         pinned=pinned,
-        ordered=has_effects(node),
+        ordered=any(map(has_effects, part)),
         module=module,
         source=source,
-        signature=";".join(map(op_form, (*inlined_into(node, map_), node))),
+        signature=";".join(op_form(n) for node in part for n in (*inlined_into(node, map_), node)),
     )
 
 

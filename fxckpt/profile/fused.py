@@ -7,13 +7,17 @@ wherever they are read, at the price of the bytes that they read.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
 from fxckpt.core.graph import RESIDENT
-from fxckpt.profile.build import CostModel, OpCost
+from fxckpt.profile.build import CostModel, OpCost, Profile, inlined_into
 from fxckpt.profile.devices import DeviceProfile
 from fxckpt.profile.estimate import roofline_us
 from fxckpt.profile.storage import StorageMap
@@ -35,13 +39,63 @@ def fuse(joint: JointGraph, map_: StorageMap) -> StorageMap:
     gone = {map_.writes[node][0] for node in inlined if node in map_.writes}
     kept = [storage for storage in range(len(map_.storages)) if storage not in gone]
     new = {old: number for number, old in enumerate(kept)}
-    return StorageMap(
+    fused = StorageMap(
         storages=tuple(map_.storages[storage] for storage in kept),
         behind={node: new[storage] for node, storage in map_.behind.items() if node not in inlined},
         writes={node: tuple(new[s] for s in written) for node, written in map_.writes.items() if node not in inlined},
         forward=map_.forward,
         inlined={node: tuple(new[s] for s in storages) for node, storages in inlined.items()},
     )
+    return _joined(joint, fused)
+
+
+def _joined(joint: JointGraph, map_: StorageMap) -> StorageMap:
+    """The same where an op's result, which only the elementwise op after it reads, is in the memory of that one's.
+
+    Both are one step of a schedule then, such as a product and the activation function behind it.
+    """
+    handed_out = _handed_out(joint, map_)
+    readers: dict[int, set[fx.Node]] = {}
+    for node in map_.writes:
+        for storage in map_.reads(node):
+            readers.setdefault(storage, set()).add(node)
+    joined: dict[fx.Node, fx.Node] = {}
+    same: dict[int, int] = {}
+    working = [n for n in joint.module.graph.nodes if n in map_.writes]
+    for half in ([n for n in working if n in map_.forward], [n for n in working if n not in map_.forward]):
+        for first, second in pairwise(half):
+            if len(map_.writes[first]) != 1 or len(map_.writes[second]) != 1 or not is_pointwise(second):
+                continue
+            (storage,) = map_.writes[first]
+            if storage not in handed_out and readers.get(storage) == {second} and _reads_in_place(second, storage, map_):
+                joined[first] = second
+                same[storage] = map_.writes[second][0]
+    if not joined:
+        return map_
+
+    def final(storage: int) -> int:
+        while storage in same:
+            storage = same[storage]
+        return storage
+
+    kept = [storage for storage in range(len(map_.storages)) if storage not in same]
+    number = {storage: place for place, storage in enumerate(kept)}
+    new = [number[final(storage)] for storage in range(len(map_.storages))]
+    return StorageMap(
+        storages=tuple(map_.storages[storage] for storage in kept),
+        behind={node: new[storage] for node, storage in map_.behind.items()},
+        writes={node: tuple(new[s] for s in written) for node, written in map_.writes.items()},
+        forward=map_.forward,
+        inlined={node: tuple(dict.fromkeys(new[s] for s in storages)) for node, storages in map_.inlined.items()},
+        joined=joined,
+    )
+
+
+def _handed_out(joint: JointGraph, map_: StorageMap) -> set[int]:
+    """Storages that leave the step."""
+    roles = joint.roles
+    nodes = [o.node for o in roles.outputs] + [n for i in roles.inputs for n in (i.update, i.gradient) if n]
+    return {map_.behind[node] for node in nodes}
 
 
 class _Inlining:
@@ -50,9 +104,7 @@ class _Inlining:
     def __init__(self, joint: JointGraph, map_: StorageMap) -> None:
         self._map = map_
         self.inlined: dict[fx.Node, tuple[int, ...]] = {}
-        roles = joint.roles
-        handed_out = [o.node for o in roles.outputs] + [n for i in roles.inputs for n in (i.update, i.gradient) if n]
-        self._handed_out = {map_.behind[node] for node in handed_out}
+        self._handed_out = _handed_out(joint, map_)
         for node in joint.module.graph.nodes:
             if node.op == "call_function" and self._is_inlined(node):
                 self.inlined[node] = self._sources(node)
@@ -98,6 +150,62 @@ class _Inlining:
 
     def _is_given(self, storage: int) -> bool:
         return self._map.storages[storage].kind in RESIDENT
+
+
+def overwriting(profile: Profile) -> Profile:
+    """The step with backward kernels that write over what nobody reads later: the result takes no memory of its own.
+
+    The operand's memory is in use as long as the result is. Such a kernel runs once.
+    """
+    graph, map_ = profile.graph, profile.map
+    kept = {*graph.outputs, *graph.updates, *graph.gradients}
+    last = {storage: index for index, op in enumerate(graph.ops) for storage in op.reads}
+    over: dict[int, int] = {}
+    ops = list(graph.ops)
+    for index in range(graph.forward_count, graph.plain_count):
+        op, node = graph.ops[index], profile.parts[index][-1]
+        if len(op.writes) != 1 or op.writes[0] in kept or not is_pointwise(node):
+            continue
+        for storage in op.reads:
+            is_own = graph.storages[storage].kind in ("activation", "backward") and storage not in kept
+            if is_own and last[storage] == index and _reads_in_place(node, storage, map_):
+                over[op.writes[0]] = storage
+                ops[index] = replace(op, pinned="it writes over what it reads")
+                break
+    if not over:
+        return profile
+    storages = tuple(replace(s, size_bytes=0) if number in over else s for number, s in enumerate(graph.storages))
+    reading = tuple(replace(op, reads=tuple(dict.fromkeys(_with_memory(op.reads, over)))) for op in ops)
+    return replace(profile, graph=replace(graph, storages=storages, ops=reading), map=replace(map_, over=over))
+
+
+def _with_memory(storages: Iterable[int], over: Mapping[int, int]) -> Iterator[int]:
+    """The storages, and those whose memory they are in."""
+    for storage in storages:
+        yield storage
+        while storage in over:
+            storage = over[storage]
+            yield storage
+
+
+def _reads_in_place(node: fx.Node, storage: int, map_: StorageMap) -> bool:
+    """Whether a kernel reads a storage, which the value of one node fills, at the places that it writes."""
+    result = node.meta["val"]
+    found = [
+        source
+        for part in (*inlined_into(node, map_), node)
+        for source in part.all_input_nodes
+        if map_.behind.get(source) == storage
+    ]
+    return bool(found) and all(
+        _form(source.meta["val"]) == _form(result)
+        and source.meta["val"].untyped_storage().nbytes() == result.numel() * result.element_size() > 0
+        for source in found
+    )
+
+
+def _form(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.shape, value.stride(), value.dtype, value.device
 
 
 def kernel_costs(map_: StorageMap, libraries: CostModel, device: DeviceProfile) -> CostModel:

@@ -26,6 +26,8 @@ class StorageMap:
         forward: the forward nodes that do work.
         inlined: nodes whose values are never in memory, since the ops that read them compute them on the way; each with
             the storages that it is computed from.
+        joined: ops that are one step with the op after them, which writes over their result.
+        over: storages that are written over others, which nobody reads any more, and so take no memory of their own.
     """
 
     storages: tuple[Storage, ...]
@@ -33,6 +35,8 @@ class StorageMap:
     writes: dict[fx.Node, tuple[int, ...]]
     forward: frozenset[fx.Node]
     inlined: Mapping[fx.Node, tuple[int, ...]] = field(default_factory=dict)
+    joined: Mapping[fx.Node, fx.Node] = field(default_factory=dict)
+    over: Mapping[int, int] = field(default_factory=dict)
 
     def is_view(self, node: fx.Node) -> bool:
         """Whether a node does no work: it looks at memory that others wrote, or picks one of an op's results."""

@@ -7,6 +7,7 @@ long as the simulation says, so that the predicted peak is that of the code whic
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import Any
@@ -186,7 +187,8 @@ def _check_lifetimes(profile: Profile, timeline: Timeline, emitted: Emitted) -> 
         captured = node.meta.get("fxckpt_node")
         for source in node.all_input_nodes:
             if source in holder and node.op != "output":
-                holder[source].dies = max(holder[source].dies, _step_of(node, step))
+                for copy in _in_memory_of(profile, holder[source], copies):
+                    copy.dies = max(copy.dies, _step_of(node, step))
         if isinstance(over := _call(node)[3], fx.Node):
             overwritten.append((node, holder.get(over), step))
         if node in handed_over and handed_over[node] in holder:
@@ -212,6 +214,15 @@ def _check_lifetimes(profile: Profile, timeline: Timeline, emitted: Emitted) -> 
                 copies.append(holder[node])
     _compare(timeline, copies)
     _check_overwritten(graph, split, overwritten)
+
+
+def _in_memory_of(profile: Profile, copy: _Copy, copies: list[_Copy]) -> Iterator[_Copy]:
+    """A copy, and the latest copies of the storages that it is written over."""
+    yield copy
+    storage = copy.storage
+    while storage in profile.map.over:
+        storage = profile.map.over[storage]
+        yield next(other for other in reversed(copies) if other.storage == storage)
 
 
 def _check_overwritten(graph: Graph, split: int, overwritten: list[tuple[fx.Node, _Copy | None, int]]) -> None:

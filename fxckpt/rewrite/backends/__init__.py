@@ -27,6 +27,10 @@ class Executable(Protocol):
     def modules(self) -> tuple[fx.GraphModule, fx.GraphModule]:
         """Forward and backward, to be read: their `code` shows what runs."""
 
+    @property
+    def peak_bytes(self) -> int | None:
+        """The most bytes that a step takes by the code that runs; None where that is the schedule's peak [B]."""
+
     def forward(self, boxed: list[torch.Tensor], /) -> tuple[torch.Tensor, ...]:
         """From all inputs of the step to updates, outputs and what is saved."""
 

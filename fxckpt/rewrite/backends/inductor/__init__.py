@@ -74,8 +74,8 @@ class Half:
                 yield handed_over
                 del handed_over
             else:
-                for i, value in zip(run.outputs, results, strict=True):
-                    values[i] = value
+                for place, i in enumerate(run.outputs):
+                    values[i] = results[place]
                 del results
 
 
@@ -86,6 +86,7 @@ class InductorExecutable:
     emitted: Emitted
     modules: tuple[fx.GraphModule, fx.GraphModule]
     halves: tuple[Half, Half]
+    peak_bytes: int | None = None
 
     def forward(self, boxed: list[torch.Tensor], /) -> Any:
         """From all inputs of the step to updates, outputs and what is saved."""
@@ -122,11 +123,12 @@ def _built(profile: Profile, emitted: Emitted, kernels: Kernels) -> InductorExec
     halves = (_half(profile, emitted.forward, kernels), _half(profile, emitted.backward, kernels))
     forward = compile_boxed(emitted.forward, profile.joint.module, "Forward")
     backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
-    return InductorExecutable(emitted, (forward, backward), halves)
+    return InductorExecutable(emitted, (forward, backward), halves, kernels.peak_bytes)
 
 
 def _half(profile: Profile, graph: fx.Graph, kernels: Kernels) -> Half:
     segments = cut(profile, graph)
+    kernels.take(graph)
     registers: dict[fx.Node, int] = {}
     for node in graph.find_nodes(op="placeholder"):
         registers[node] = len(registers)

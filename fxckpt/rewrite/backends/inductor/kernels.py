@@ -9,8 +9,10 @@ import torch
 from torch import fx
 from tqdm import tqdm
 
+from fxckpt.core.graph import RESIDENT
 from fxckpt.core.simulate import Timeline
 from fxckpt.profile.build import Profile
+from fxckpt.rewrite.backends.inductor.allocations import most_bytes
 from fxckpt.rewrite.backends.inductor.segments import Segment, body
 from fxckpt.upstream import pytree
 from fxckpt.upstream.inductor.compiled import Compiled, compile_graph
@@ -34,7 +36,9 @@ class Kernels:
     def __init__(self, profile: Profile, timeline: Timeline | None, limit_bytes: int) -> None:
         self._profile, self._timeline, self._limit_bytes = profile, timeline, limit_bytes
         graph = profile.graph
-        self._leaving = {*graph.outputs, *graph.updates, *graph.gradients}
+        self.peak_bytes = timeline.peak_bytes if timeline else 0
+        self._alive: dict[int | str, int] = {}  # bytes of what is in use between segments
+        self._leaving: set[int | str] = {*graph.outputs, *graph.updates, *graph.gradients}
 
     def compiled(self, segments: Sequence[Segment]) -> Iterator[tuple[Call, tuple[int, ...]]]:
         """For each segment what runs it, and which of its inputs, by place, it may write over."""
@@ -53,13 +57,61 @@ class Kernels:
         with tqdm(total=len(todo), desc="compiling", unit="segment", disable=None, leave=False) as bar:
             for segment, module, given, form in zip(segments, bodies, donated, forms, strict=True):
                 if not segment.compiled:
+                    self._note(segment, module)
                     yield _op_by_op(module), ()
                     continue
                 key = _key(form, narrowest[form])
                 if key not in _COMPILED:
                     _COMPILED[key] = compile_graph(module, given, narrowest[form])
                     bar.update()
+                self._note(segment, module, _COMPILED[key].source)
                 yield _COMPILED[key].call, given
+
+    def take(self, graph: fx.Graph) -> None:
+        """An emitted graph begins: what it is given is in use, and what forward handed to the caller."""
+        self._alive = {memory: size for memory, size in self._alive.items() if memory in self._profile.graph.outputs}
+        for node in graph.find_nodes(op="placeholder"):
+            self._alive.setdefault(self._memory(node), self._own_bytes(node))
+
+    def _note(self, segment: Segment, module: fx.GraphModule, source: str = "") -> None:
+        """A segment runs; note what it takes at most, with all that is in use meanwhile.
+
+        Args:
+            segment: what runs.
+            module: its body.
+            source: the code, if it is compiled.
+        """
+        graph = self._profile.graph
+        if source:
+            freed = [self._freed_bytes(segment, node) for node in segment.inputs]
+            present = graph.static_bytes + sum(self._alive.values())
+            self.peak_bytes = max(self.peak_bytes, present + most_bytes(source, freed, module))
+        leave = {*graph.gradients} if segment.delivers and graph.gradients_allocated else set()
+        for node in segment.dying:
+            memory = self._memory(node)
+            if memory not in self._leaving or memory in leave:
+                self._alive.pop(memory, None)
+        for node in segment.outputs:
+            if node is not None and not segment.delivers:
+                self._alive[self._memory(node)] = self._own_bytes(node)
+
+    def _freed_bytes(self, segment: Segment, node: fx.Node) -> int:
+        """What is freed when compiled code lets go of an input [B]."""
+        is_freed = node in segment.dying and self._memory(node) not in self._leaving
+        return self._own_bytes(node) if is_freed else 0
+
+    def _own_bytes(self, node: fx.Node) -> int:
+        """What a value takes beside what is there during the whole step [B]."""
+        storage, value = self._storage(node), node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return 0
+        is_given = storage is not None and self._profile.graph.storages[storage].kind in RESIDENT
+        return 0 if is_given else value.untyped_storage().nbytes()
+
+    def _memory(self, node: fx.Node) -> int | str:
+        """What values that are in the same memory have in common: their storage, or the name of a value without one."""
+        storage = self._storage(node)
+        return node.name if storage is None else storage
 
     def _room(self, module: fx.GraphModule) -> RoomForFusion:
         """How much each step of a segment may take beyond the plan; its steps are counted from its first one on."""

@@ -26,6 +26,7 @@ class PythonExecutable:
 
     emitted: Emitted
     modules: tuple[fx.GraphModule, fx.GraphModule]
+    peak_bytes: None = None
 
     def forward(self, boxed: list[torch.Tensor], /) -> Any:
         """From all inputs of the step to updates, outputs and what is saved."""
