@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxckpt.capture.nodes import is_random
 from fxckpt.capture.roles import Roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.watch import watch
+from fxckpt.core.schedule import plain
+from fxckpt.core.simulate import simulate
 from fxckpt.errors import VerificationError
-from fxckpt.pipeline import Compiled
+from fxckpt.pipeline import Compiled, make_program
 from fxckpt.runtime.autograd import BackwardFor, Program, run_forward
 from fxckpt.steps.diagnosis import first_difference
 from fxckpt.upstream.generators import draws_undone, random_states
@@ -62,6 +65,9 @@ def check_same_step(
     def optimized_step(program: Program) -> Left:
         return _step(model, tensors, functools.partial(_optimized_forward, program, backward_for), ends)
 
+    if compiled.profile.joint.lowered:
+        _check_compiled(compiled, plain_step, optimized_step)
+        return
     expected = plain_step()
     difference = _difference(optimized_step(compiled.program), expected)
     if not difference:
@@ -71,6 +77,26 @@ def check_same_step(
         f"the optimized step differs from the plain step: {difference}. "
         f"{first_difference(compiled, plain_step, optimized_step)}"
     )
+
+
+def _check_compiled(
+    compiled: Compiled, plain_step: Callable[[], Left], optimized_step: Callable[[Program], Left]
+) -> None:
+    """Compare what is compiled with the same step compiled without a plan, and with eager where nothing is drawn.
+
+    Raises:
+        VerificationError: they differ by more than rounding.
+    """
+    graph = compiled.profile.graph
+    without = make_program(compiled.profile, simulate(graph, plain(graph)))
+    found = optimized_step(compiled.program)
+    references = {"compiled without a plan": optimized_step(without)}
+    if not any(map(is_random, compiled.profile.joint.module.graph.nodes)):
+        references["run by eager torch"] = plain_step()
+    for name, expected in references.items():
+        difference = _difference(found, expected, rounded=True)
+        if difference:
+            raise VerificationError(f"the optimized step differs from the step {name}, by more than rounding: {difference}")
 
 
 def check_same_graph(model: nn.Module, forward: Function, traced: Function, given: tuple[Any, ...]) -> None:
@@ -192,8 +218,14 @@ def _copy(model: nn.Module) -> nn.Module:
         raise VerificationError(f"verify=True runs copies of the model, but copy.deepcopy fails: {error}") from error
 
 
-def _difference(found: Left, expected: Left) -> str:
-    """The first thing that differs and by how much, or "" if nothing does."""
+_ROUNDING: dict[torch.dtype, float] = {torch.float64: 1e-9, torch.float32: 1e-3}
+"""What counts as rounding in the norm of a tensor, against its norm; for types of fewer bits a twentieth."""
+
+
+def _difference(found: Left, expected: Left, *, rounded: bool = False) -> str:
+    """The first thing that differs and by how much, or "" if nothing does, or by rounding alone where that is asked."""
+    norms = [x.double().norm().item() for x in expected.values() if x is not None and x.is_floating_point()]
+    least = max(norms, default=0.0) / 1000  # what is nearly zero has no digits to compare
     for name, theirs in expected.items():
         ours = found.get(name)
         if theirs is None and ours is None:
@@ -202,6 +234,11 @@ def _difference(found: Left, expected: Left) -> str:
             return f"{name} is {'missing' if ours is None else 'there, but the plain model has none'}"
         if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
             return f"{name} is {ours.dtype}{list(ours.shape)} instead of {theirs.dtype}{list(theirs.shape)}"
+        if rounded and theirs.is_floating_point():
+            error = (ours.double() - theirs.double()).norm().item()
+            if not error <= _ROUNDING.get(theirs.dtype, 0.05) * max(theirs.double().norm().item(), least):
+                return f"{name}, by {error:.3g} in its norm of {theirs.double().norm().item():.3g}"
+            continue
         same = (ours == theirs) | ((ours != ours) & (theirs != theirs))
         if not same.all():
             worst = (ours[~same].to(torch.complex128) - theirs[~same].to(torch.complex128)).abs().max().item()
