@@ -98,7 +98,7 @@ def reach(
         if relocate(tape, slot):
             priced += _TRIES
             continue
-        queue = _queue(tape, slot, forbidden, rng, noise)
+        queue = _queue(tape, slot, forbidden, rng, most_us=most_us - tape.step_us, noise=noise)
         priced += len(tape.wiring.remakable)
         while queue and tape.live[slot] > budget_bytes and tape.step_us < most_us:
             known, storage, factor = heappop(queue)
@@ -113,15 +113,19 @@ def reach(
 
 
 def _queue(
-    tape: Tape, slot: int, forbidden: Container[int], rng: Random, noise: float
+    tape: Tape, slot: int, forbidden: Container[int], rng: Random, *, most_us: float, noise: float
 ) -> list[tuple[float, int, float]]:
-    """The storages that are live in a slot and wanted later, as a heap: (least price, storage, random factor)."""
-    births, readers, bounds = tape.births, tape.readers, tape.wiring.least_prices
+    """The storages that are live in a slot and wanted later, as a heap: (least price, storage, random factor).
+
+    Without those that take more than `most_us` to remake in any case.
+    """
+    births, readers, bounds, least_us = tape.births, tape.readers, tape.wiring.least_prices, tape.wiring.least_us
     queue = []
     for storage in tape.wiring.remakable:
         readers_of = readers[storage]
         if readers_of and births[storage][0] < slot < readers_of[-1] and storage not in forbidden:
             factor = 1 - noise * rng.random() if noise else 1.0
-            queue.append((factor * bounds[storage], storage, factor))
+            if least_us[storage] <= most_us:
+                queue.append((factor * bounds[storage], storage, factor))
     heapify(queue)
     return queue

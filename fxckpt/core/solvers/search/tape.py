@@ -116,11 +116,20 @@ class Tape:
         return [self._copy(storage, number) for number in range(len(self.births[storage]))]
 
     def _copy(self, storage: int, number: int) -> tuple[int, int]:
+        born, last = self.births[storage][number], self.last_use(storage, number)
+        return born, last if last > born else born
+
+    def last_use(self, storage: int, number: int, *, without: int = -1) -> int:
+        """The last slot in which a copy is read or held, all slots but `without` counted; one before its birth if it
+        is not."""
         births, readers = self.births[storage], self.readers[storage]
-        born = births[number]
         i = bisect_left(readers, births[number + 1]) if number + 1 < len(births) else len(readers)
-        dies = max(born, readers[i - 1]) if i else born
-        return born, max(dies, self.hold[storage]) if number == 0 else dies
+        if i and readers[i - 1] == without:
+            i -= 1
+        last = readers[i - 1] if i else -1
+        if number == 0 and self.hold[storage] > last:
+            return self.hold[storage]
+        return last
 
     def copy_at(self, storage: int, slot: int) -> tuple[int, int]:
         """Lifetime of the copy that a reader in `slot` would read."""
@@ -200,7 +209,9 @@ class Tape:
             self.live[low:high] += size_bytes
             self.area += size_bytes * (high - low)
             if size_bytes > 0:
-                self._risen = min(self._risen[0], low), max(self._risen[1], high)
+                first, last = self._risen
+                if low < first or high > last:
+                    self._risen = min(first, low), max(last, high)
 
     def _put(self, op: int, slot: int) -> None:
         wiring = self.wiring
