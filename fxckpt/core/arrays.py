@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ class Rows:
     def __init__(self, rows: Sequence[Sequence[int]]) -> None:
         self.lengths = integers(map(len, rows))
         self.starts = np.cumsum(self.lengths) - self.lengths
-        self.numbers = integers(number for row in rows for number in row)
+        self.numbers = integers(chain.from_iterable(rows))
 
     def of(self, chosen: Integers) -> tuple[Integers, Integers]:
         """The numbers of some rows, one after another, and for each of them which of the chosen rows it is of."""

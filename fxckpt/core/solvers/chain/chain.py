@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +103,7 @@ class Drop:
 Step = Forward | Keep | Backward | Drop
 
 
-@dataclass(frozen=True, slots=True)
-class _Move:
+class _Move(NamedTuple):
     """One way to start on segments first … last.
 
     Attributes:
@@ -145,6 +145,7 @@ class Chain:
         self._weights = list(accumulate((x.weight_bytes for x in links), initial=0))
         self._times = list(accumulate((x.forward_us for x in links), initial=0.0))
         self._tables: dict[tuple[int, int], Table] = {}
+        self._least_us: dict[tuple[int, int], float] = {}  # of each row with all the memory there is
         self._listed: dict[tuple[int, int], tuple[_Move, ...]] = {}
         self._chosen: dict[tuple[int, int, int], _Move] = {}
         self._fill()
@@ -174,19 +175,30 @@ class Chain:
                 if row not in rows:
                     rows[row] = self._solve(first, last)
                 self._tables[first, last] = rows[row]
+                self._least_us[first, last] = rows[row].item(-1)
 
     def _solve(self, first: int, last: int) -> Table:
-        table = np.full(self.slots + 1, np.inf)
+        slots, tables, least_us = self.slots, self._tables, self._least_us
+        table = np.full(slots + 1, np.inf)
         for move in self._moves(first, last):
-            start = max(move.least_slot, move.shift, move.shift_before)
-            if start > self.slots:
+            until, extra_us, least_slot, _, split, shift, shift_before = move
+            start = max(least_slot, shift, shift_before)
+            if start > slots:
                 continue
-            value: Table | float = move.extra_us
-            if move.until < last:
-                value = value + _shifted(self._tables[move.until + 1, last], start, move.shift)
-            if move.split:
-                value = value + _shifted(self._tables[first, move.until], start, move.shift_before)
-            np.minimum(table[start:], value, out=table[start:])
+            bound_us = extra_us
+            if until < last:
+                bound_us += least_us[until + 1, last]
+            if split:
+                bound_us += least_us[first, until]
+            if table.item(start) <= bound_us:
+                continue  # as tables fall, it is nowhere better
+            value: Table | float = extra_us
+            if until < last:
+                value = value + _shifted(tables[until + 1, last], start, shift)
+            if split:
+                value = value + _shifted(tables[first, until], start, shift_before)
+            rest = table[start:]
+            np.minimum(rest, value, out=rest)
         return table
 
     def _steps(self, first: int, last: int, slot: int) -> Iterator[Step]:
