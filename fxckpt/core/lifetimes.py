@@ -128,9 +128,10 @@ def _hold(graph: Graph, schedule: Schedule, first: Integers, dies: Integers) -> 
     """First copies that leave the step stay until they do."""
 
     def hold(storages: Sequence[int], step: int) -> None:
-        copies = first[list(storages)]
-        copies = copies[copies >= 0]
-        dies[copies] = np.maximum(dies[copies], step)
+        if storages:
+            copies = first[list(storages)]
+            copies = copies[copies >= 0]
+            dies[copies] = np.maximum(dies[copies], step)
 
     end = len(schedule) - 1
     hold(graph.outputs, end)

@@ -202,6 +202,11 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
         InvalidScheduleError: see `fxckpt.core.schedule.check`.
     """
     schedules.check(graph, schedule)
+    return walk(graph, schedule)
+
+
+def walk(graph: Graph, schedule: Schedule) -> Timeline:
+    """As `simulate`, for a schedule that is known to be valid."""
     lives = lifetimes(graph, schedule)
     live_bytes = _sums(lives, graph.arrays.device_bytes, len(schedule))
     live_bytes += graph.static_bytes + graph.arrays.workspace_bytes[schedule.array]

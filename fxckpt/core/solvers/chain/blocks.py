@@ -1,6 +1,6 @@
 """One or several neighbouring segments taken as one: their part of the step, and what it can cost.
 
-A block's part of the step is a `Graph` of its own, so `simulate` says what each choice of kept storages costs in
+A block's part of the step is a `Graph` of its own, so a simulation says what each choice of kept storages costs in
 memory. Equal parts (same ops on the same shapes, wired alike) are solved once. What the chain counts elsewhere weighs
 nothing in them: the block's inputs, pinned storages and outputs of the model.
 """
@@ -13,7 +13,7 @@ from functools import cached_property
 
 from fxckpt.core.graph import Graph, Op, Storage, StorageKind
 from fxckpt.core.schedule import Schedule
-from fxckpt.core.simulate import Timeline, simulate
+from fxckpt.core.simulate import Timeline, walk
 from fxckpt.core.solvers.keep import closure, recomputing
 from fxckpt.core.solvers.mincut import KeepProblem
 from fxckpt.core.solvers.segments import Segments, backward_lives
@@ -115,14 +115,14 @@ class Block:
     def forward_only(self) -> tuple[float, int]:
         """Time [µs] and peak [B] of making `behind` from the block's inputs once more, nothing else kept."""
         ops = closure(self.part, self.behind, self.held)
-        timeline = simulate(self._again, Schedule((*ops, self.part.forward_count), len(ops)))
+        timeline = walk(self._again, Schedule((*ops, self.part.forward_count), len(ops)))
         return self._time_us(ops), _peak(timeline, 0, len(ops))
 
     def backward_only(self) -> tuple[float, int]:
         """Time [µs] and peak [B] of what backward repeats if only the block's inputs are there when it starts."""
         backward = range(self.part.forward_count + 1, len(self.part.ops))
         order = recomputing(self.part, backward, self.held)
-        timeline = simulate(self._again, Schedule(tuple(order), 0))
+        timeline = walk(self._again, Schedule(tuple(order), 0))
         return self._time_us(order) - self._time_us(backward), timeline.peak_bytes - self.twice_bytes
 
     def choices(self, most: int) -> tuple[Choice, ...]:
@@ -140,7 +140,7 @@ class Block:
         count = self.part.forward_count
         live = {*kept, *self.behind, *self.held}
         order = (*range(count), *recomputing(self.part, range(count, len(self.part.ops)), live))
-        timeline = simulate(self.part, Schedule(order, count))
+        timeline = walk(self.part, Schedule(order, count))
         return Choice(
             kept=kept,
             kept_bytes=timeline.saved_bytes,

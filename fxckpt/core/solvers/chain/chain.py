@@ -178,19 +178,14 @@ class Chain:
                 self._least_us[first, last] = rows[row].item(-1)
 
     def _solve(self, first: int, last: int) -> Table:
-        slots, tables, least_us = self.slots, self._tables, self._least_us
+        slots, tables = self.slots, self._tables
         table = np.full(slots + 1, np.inf)
         for move in self._moves(first, last):
             until, extra_us, least_slot, _, split, shift, shift_before = move
             start = max(least_slot, shift, shift_before)
             if start > slots:
                 continue
-            bound_us = extra_us
-            if until < last:
-                bound_us += least_us[until + 1, last]
-            if split:
-                bound_us += least_us[first, until]
-            if table.item(start) <= bound_us:
+            if table.item(start) <= self._bound_us(move, first, last):
                 continue  # as tables fall, it is nowhere better
             value: Table | float = extra_us
             if until < last:
@@ -200,6 +195,15 @@ class Chain:
             rest = table[start:]
             np.minimum(rest, value, out=rest)
         return table
+
+    def _bound_us(self, move: _Move, first: int, last: int) -> float:
+        """The least time that a move takes with what comes after it, in whatever budget [µs]."""
+        bound_us = move.extra_us
+        if move.until < last:
+            bound_us += self._least_us[move.until + 1, last]
+        if move.split:
+            bound_us += self._least_us[first, move.until]
+        return bound_us
 
     def _steps(self, first: int, last: int, slot: int) -> Iterator[Step]:
         move = self._best(first, last, min(slot, self.slots))
@@ -227,14 +231,15 @@ class Chain:
             self._listed[first, last] = self._moves(first, last)
         best, best_us = None, float("inf")
         for move in self._listed[first, last]:
-            if slot >= max(move.least_slot, move.shift, move.shift_before) and move.extra_us < best_us:
-                value = move.extra_us
-                if move.until < last:
-                    value += float(self._tables[move.until + 1, last][min(slot - move.shift, self.slots)])
-                if move.split:
-                    value += float(self._tables[first, move.until][min(slot - move.shift_before, self.slots)])
-                if value < best_us:
-                    best, best_us = move, value
+            if slot < max(move.least_slot, move.shift, move.shift_before) or self._bound_us(move, first, last) >= best_us:
+                continue
+            value = move.extra_us
+            if move.until < last:
+                value += float(self._tables[move.until + 1, last][min(slot - move.shift, self.slots)])
+            if move.split:
+                value += float(self._tables[first, move.until][min(slot - move.shift_before, self.slots)])
+            if value < best_us:
+                best, best_us = move, value
         if best is None:
             raise ValueError(f"segments {first} to {last} do not fit {slot} slots")
         return best

@@ -26,7 +26,7 @@ def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random) -> bool:
     """
     remakable, drawn = tape.wiring.remakable, []
     for _ in range(len(remakable)):
-        storage = remakable[int(rng.random() * len(remakable))]
+        storage = int(remakable[int(rng.random() * len(remakable))])
         if (idle := idle_at(tape, storage, slot)) is not None:
             drawn.append((remake_us(tape, idle) / _freed_bytes(tape, idle, limit_bytes), storage))
             if len(drawn) == _SAMPLE:
@@ -119,13 +119,12 @@ def _queue(
 
     Without those that take more than `most_us` to remake in any case.
     """
-    births, readers, bounds, least_us = tape.births, tape.readers, tape.wiring.least_prices, tape.wiring.least_us
+    remakable, prices, least_us = tape.wiring.remakable, tape.wiring.least_prices, tape.wiring.least_us
     queue = []
-    for storage in tape.wiring.remakable:
-        readers_of = readers[storage]
-        if readers_of and births[storage][0] < slot < readers_of[-1] and storage not in forbidden:
+    for storage in remakable[(tape.first_birth[remakable] < slot) & (tape.last_read[remakable] > slot)].tolist():
+        if storage not in forbidden:
             factor = 1 - noise * rng.random() if noise else 1.0
             if least_us[storage] <= most_us:
-                queue.append((factor * bounds[storage], storage, factor))
+                queue.append((factor * prices[storage], storage, factor))
     heapify(queue)
     return queue

@@ -33,6 +33,8 @@ class Tape:
         runs: for each op the slots in which it runs, ascending.
         readers: for each storage the slots that read it, ascending.
         births: for each storage the slots in which a copy is born, ascending; none for what only a repeat reads.
+        first_birth, last_read: for each storage the first of its births and the last of its readers; behind the end and
+            -1 if there are none.
         hold: for each storage the slot up to which something other than an op keeps its first copy, or -1.
         live: bytes in use in each slot [B].
         area: the sum of `live` [B].
@@ -65,6 +67,8 @@ class Tape:
             self.runs[op] if op >= 0 else given if storage in tangents else never
             for storage, op in enumerate(wiring.producer)
         ]
+        self.first_birth = np.array([births[0] if births else self.end + 1 for births in self.births])
+        self.last_read = np.array([readers[-1] if readers else -1 for readers in self.readers])
         self.hold = [-1] * len(graph.storages)
         self._handover = Handover(wiring, self.split, self.end) if graph.gradients_allocated else None
         self._hold_outputs()
@@ -224,6 +228,7 @@ class Tape:
             if size := wiring.sizes[storage]:
                 self._add(self._last_use(storage, slot) + 1, slot + 1, size)
             insort(self.readers[storage], slot)
+            self.last_read[storage] = self.readers[storage][-1]
         self._rewrite(op, slot, add=True)
 
     def _take(self, op: int, slot: int) -> None:
@@ -236,6 +241,7 @@ class Tape:
         for storage in wiring.reads[op]:
             readers = self.readers[storage]
             del readers[bisect_left(readers, slot)]
+            self.last_read[storage] = readers[-1] if readers else -1
             if size := wiring.sizes[storage]:
                 self._add(self._last_use(storage, slot) + 1, slot + 1, -size)
         self._rewrite(op, slot, add=False)
@@ -264,6 +270,7 @@ class Tape:
         if wiring.replay_bytes[op]:
             self._replay(op, before, (runs[0], runs[-1]) if len(runs) > 1 else None)
         if not number:
+            self.first_birth[list(wiring.writes[op])] = runs[0] if runs else self.end + 1
             self._cover(op, new, sign=1)
             if self._handover is not None and wiring.gradients_of[op]:
                 self._handover.move(op, first, runs[0] if runs else None)
