@@ -210,7 +210,9 @@ def walk(graph: Graph, schedule: Schedule) -> Timeline:
     lives = lifetimes(graph, schedule)
     live_bytes = _sums(lives, graph.arrays.device_bytes, len(schedule))
     live_bytes += graph.static_bytes + graph.arrays.workspace_bytes[schedule.array]
-    return Timeline(graph, schedule, lives, live_bytes, engines.step_us(graph, schedule), _recompute_us(graph, schedule))
+    return Timeline(
+        graph, schedule, lives, live_bytes, engines.step_us(graph, schedule), _recompute_us(graph, schedule)
+    )
 
 
 def _sums(lives: Lives, sizes_bytes: Integers, steps: int) -> Integers:

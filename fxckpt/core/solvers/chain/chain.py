@@ -231,7 +231,10 @@ class Chain:
             self._listed[first, last] = self._moves(first, last)
         best, best_us = None, float("inf")
         for move in self._listed[first, last]:
-            if slot < max(move.least_slot, move.shift, move.shift_before) or self._bound_us(move, first, last) >= best_us:
+            if (
+                slot < max(move.least_slot, move.shift, move.shift_before)
+                or self._bound_us(move, first, last) >= best_us
+            ):
                 continue
             value = move.extra_us
             if move.until < last:
