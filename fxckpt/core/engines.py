@@ -47,7 +47,6 @@ def step_us(graph: Graph, schedule: Schedule) -> float:
 
 def clocks(graph: Graph, schedule: Schedule) -> Clocks:
     """The hours of a schedule, supposed to be valid."""
-    steps = len(schedule)
     if not is_asynchronous(graph, schedule):
         sums = np.concatenate(([0.0], np.cumsum(graph.arrays.times_us[schedule.array])))
         return Clocks(sums, sums[1:], step_us(graph, schedule), 0.0)
