@@ -95,23 +95,26 @@ def capture(
     tensors, inputs = take_apart((tuple(args), kwargs or {}))
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
-    constants = Constants(tensors)
-    traced = FunctionalModel(model, call, inputs, [x.is_leaf for x in tensors], constants)
+    constants, provenance = Constants(tensors), contextlib.nullcontext() if annotates else Provenance(modules)
+
+    def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with provenance, constants:  # not the tracer itself, which asks tensors for their forms all the time
+            return function(*args, **kwargs)
+
+    traced = FunctionalModel(model, functools.partial(watched, call), inputs, [x.is_leaf for x in tensors], constants)
     device = torch.device("meta") if capability else device_of((*model.parameters(), *tensors))
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
         draws_refused(),
         tracing_confined(),
-        contextlib.nullcontext() if annotates else Provenance(modules),
-        constants,
         contextlib.ExitStack() as stack,
     ):
         if capability or device.type == "cuda":
             stack.enter_context(right_forms_on_cuda())
         else:
             stack.enter_context(right_strides())
-        stack.enter_context(_backward_from(traced, tangents, likely))
+        stack.enter_context(_backward_from(traced, watched, tangents, likely))
         module, metadata = _export(stack, traced, stack.enter_context(made_present(traced, tensors, capability)))
     outputs = traced.outputs
     if outputs is None:
@@ -123,9 +126,12 @@ def capture(
 
 @contextlib.contextmanager
 def _backward_from(
-    traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None, likely: frozenset[int] | None
+    traced: FunctionalModel,
+    watched: Callable[..., Any],
+    tangents: Mapping[int, tuple[int, ...]] | None,
+    likely: frozenset[int] | None,
 ) -> Iterator[None]:
-    """Let the traced backward start from some outputs only.
+    """Let the traced backward start from some outputs only, and run it `watched`.
 
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
     one call of `torch.autograd.grad`; outputs that are left out of that call get no gradient at all, as in eager.
@@ -143,7 +149,7 @@ def _backward_from(
         with unseen_by_function_modes():  # some hundred parameters
             leaves = {_origin(before): leaf for before, leaf in traced.leaves.values()}
             inputs = [leaves.get(get_gradient_edge(x).node, x) for x in inputs]
-        return original(outputs, inputs, grad_outputs, **options)
+        return watched(original, outputs, inputs, grad_outputs, **options)
 
     with backward_replaced(grad):
         yield

@@ -15,6 +15,7 @@ from functools import cached_property
 from math import fsum
 from typing import TYPE_CHECKING, Any, get_args
 
+from fxckpt.core.arrays import Arrays
 from fxckpt.core.fields import columns, records, valid
 from fxckpt.core.ops import RESIDENT, Engine, Op, Place, Storage, StorageKind
 from fxckpt.errors import PlanFormatError
@@ -105,9 +106,26 @@ class Graph:
         return frozenset(index for index, op in enumerate(self.ops) if op.engine != "compute")
 
     @cached_property
+    def forward_reads(self) -> tuple[tuple[int, ...], ...]:
+        """For each op the storages that it reads and a forward op writes."""
+        made = frozenset(s for op in self.ops[: self.forward_count] for s in op.writes)
+        return tuple(tuple(s for s in op.reads if s in made) for op in self.ops)
+
+    @cached_property
+    def gradient_ops(self) -> frozenset[int]:
+        """Indices of the ops that write gradients."""
+        gradients = frozenset(self.gradients)
+        return frozenset(index for index, op in enumerate(self.ops) if not gradients.isdisjoint(op.writes))
+
+    @cached_property
     def replayed(self) -> frozenset[int]:
         """Storages that exist only to repeat an op (see `Op.replay`)."""
         return frozenset(storage for op in self.ops for storage in op.replay)
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """Ops and storages as arrays."""
+        return Arrays.of(self.ops, self.storages)
 
     def sizes_bytes(self, place: Place) -> tuple[int, ...]:
         """What each storage takes of a memory [B]."""
