@@ -118,9 +118,7 @@ class Lifted:
             self.arguments[i.index] if i.kind is InputKind.ARGUMENT else places[Given(i.kind, i.path)] for i in inputs
         )
 
-    def capture(
-        self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, Arrival] | None = None
-    ) -> JointGraph:
+    def capture(self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, Arrival] | None = None) -> JointGraph:
         """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
         if self._checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
             say_bypassed()

@@ -26,11 +26,11 @@ def leads(sources: Sequence[torch.Tensor]) -> dict[int, Lead]:
     for number, edge in enumerate(edges):
         passed[edge.node] = passed.get(edge.node, 0) | 1 << number
     for node in _in_order_of_backward(passed):
-        for following in node.next_functions:
-            if following[0] is not None:
-                ways[following] += 1
-                reached[following] = reached.get(following, 0) | passed[node]
-                passed[following[0]] = passed.get(following[0], 0) | passed[node]
+        for behind, number in node.next_functions:
+            if behind is not None:
+                ways[behind, number] += 1
+                reached[behind, number] = reached.get((behind, number), 0) | passed[node]
+                passed[behind] = passed.get(behind, 0) | passed[node]
     found = {}
     for number, edge in enumerate(edges):
         place = edge.node, edge.output_nr
@@ -60,4 +60,4 @@ def exchange(sources: Sequence[torch.Tensor], arrivals: Mapping[int, Arrival]) -
 
 
 def _exchanged(number: int, stride: tuple[int, ...] | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda gradient: EXCHANGE([gradient], number, stride)  # type: ignore[no-any-return]
+    return lambda gradient: EXCHANGE([gradient], number, stride)

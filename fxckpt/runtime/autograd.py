@@ -59,7 +59,6 @@ def run_forward(
     for index in reversed(range(len(program.emitted.stages))):
         leaves = [given[i] for i in program.emitted.stages[index].inputs]
         token = _apply_stage(step, index, token, *leaves)
-    step.first_stage = token.grad_fn
     outputs = _under_heads(step, token)
     step.watch(outputs)
     return [_result(result, outputs, given) for result in program.roles.results]
@@ -102,7 +101,6 @@ class _Step:
     """One forward and its backwards: what is saved between them, and backward's progress."""
 
     _released: Callable[[], object] | None = None
-    first_stage: Any = None
 
     def __init__(
         self,
@@ -121,6 +119,8 @@ class _Step:
         self._leading: dict[int, LeadingOutput] = {}
         self._backward: Collecting | Exchanging | None = None  # until all gradients are there
         self._running: Running | None = None
+        self._to_leaves = True  # whether backward gets so far
+        self._behind: frozenset[int] | None = None  # the only inputs that get gradients; None: all
 
     def __del__(self) -> None:
         self._release()
@@ -158,11 +158,13 @@ class _Step:
         read = (outputs[i] for i in self.program.emitted.read_outputs)
         self._watched = [(weakref.ref(output), version_of(output)) for output in read]
 
-    def arrived(self, position: int, gradients: list[torch.Tensor | None], *, follows: bool) -> None:
+    def arrived(self, position: int, gradients: list[torch.Tensor | None], *, follows: bool, to_leaves: bool) -> None:
         """The gradients of a head's outputs are there, None where there is none.
 
-        `follows` says whether those of the heads that come before it in backward were.
+        `follows` says whether those of the heads that come before it in backward were, `to_leaves` whether backward
+        goes on to the stages.
         """
+        self._to_leaves = to_leaves
         came = dict(zip(self.program.heads[position], gradients, strict=True))
         gradients.clear()
         if self._backward is not None and (follows or self._goes_on(position)):
@@ -173,15 +175,19 @@ class _Step:
 
     def _goes_on(self, position: int) -> bool:
         """Whether a backward goes on that ended where the gradient of this head's output was asked for."""
-        if self._saved is not None or self._backward is None or (self._backward.awaited,) != self.program.heads[position]:
+        if self._saved is not None or not isinstance(self._backward, Exchanging):
+            return False
+        if (self._backward.awaited,) != self.program.heads[position]:
             return False
         self._check_unchanged()
         self._looked_at(position)
+        if self._behind is None:
+            self._behind = self._backward.inputs_behind(*self.program.heads[position])
         return True
 
     def _begun(self, position: int, tangents: dict[int, torch.Tensor | None]) -> Collecting | Exchanging:
         """A backward that starts from the outputs of a head."""
-        self._running = None
+        self._running = self._behind = None
         self._check_unchanged()
         if self._saved is None:
             raise RuntimeContractError(
@@ -197,7 +203,7 @@ class _Step:
     def _looked_at(self, position: int) -> bool:
         """Whether anybody looks at the gradient of an output which backward gets to later than to a head."""
         later = [self._leading[i] for (i,) in self.program.heads[:position]]
-        if not later or (not is_looked_at(later) and will_run(self.first_stage)):
+        if not later or (not is_looked_at(later) and self._to_leaves):
             return False
         for output in later:
             spare_hooks(output.hooks)
@@ -224,7 +230,7 @@ class _Step:
         boxed += [None if i in program.exchanges else tangents[i] for i in emitted.tangents]
         if not again:
             self._saved = None
-            if will_run(self.first_stage):
+            if self._to_leaves:
                 self._release()
         return program, Running(program.executable.backward(boxed), self.place)
 
@@ -279,9 +285,12 @@ class _Step:
             self._running = None
             if self._saved is None:
                 self._release()
+        leaves, behind = self.program.emitted.stages[index].inputs, self._behind
         gradients = tuple(finished)
         finished.clear()
-        for leaf, gradient in zip(self.program.emitted.stages[index].inputs, gradients, strict=True):
+        if behind is not None:
+            gradients = tuple(g if i in behind else None for i, g in zip(leaves, gradients, strict=True))
+        for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is None:
                 spare_hooks(gradient_hooks_of(self._given[leaf]))
         return gradients
@@ -331,8 +340,15 @@ class _Head(torch.autograd.Function):
         step: _Step = ctx.step
         came = list(gradients)
         follows = ctx.position < len(step.program.heads) - 1 and came.pop() is not None
-        step.arrived(ctx.position, came, follows=follows)
+        step.arrived(ctx.position, came, follows=follows, to_leaves=will_run(_first_stage(ctx)))
         return None, None, step.place.link()
+
+
+def _first_stage(node: Any) -> Any:
+    """The node of the first stage, behind a head's."""
+    for _ in range(2 * node.position + 1):
+        (node, _), *_ = node.next_functions  # the link's
+    return node
 
 
 class _Parts(torch.autograd.Function):

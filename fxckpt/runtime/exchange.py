@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,11 +18,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxckpt.capture.roles import Arrival, Exchanged
 from fxckpt.errors import RuntimeContractError
-from fxckpt.runtime.program import Program, Running, Tangents
+from fxckpt.runtime.program import Program, Running, Tangents, inputs_behind
 from fxckpt.upstream.dispatch import asked_gradients_of, backward_keeps_graph, when_backward_ends
 from fxckpt.upstream.hooks import gradient_hooks_of, with_hooks_noted
 from fxckpt.upstream.ops.layout import layout_of
 from fxckpt.upstream.tensors import version_of
+
 
 @dataclass(frozen=True)
 class LeadingOutput:
@@ -128,7 +129,7 @@ class Launch(Protocol):
     """Starts a backward behind the forward that ran."""
 
     def __call__(
-        self, made_for: Tangents, tangents: Mapping[int, torch.Tensor | None], *, again: bool
+        self, made_for: Tangents, tangents: dict[int, torch.Tensor | None], *, again: bool
     ) -> tuple[Program, Running]:
         """The program made for these tangents, with those that are there; `again`: what was saved is kept for another
         start."""
@@ -139,8 +140,6 @@ class Collecting:
 
     def __init__(self, start: dict[int, torch.Tensor | None], launch: Launch) -> None:
         self._tangents, self._launch = start, launch
-
-    awaited = None
 
     def come(self, output: int, gradient: torch.Tensor | None) -> None:
         """The gradient of an output is there, or there will be none."""
@@ -169,7 +168,7 @@ class Exchanging:
     def __init__(self, expected: Expected, start: dict[int, torch.Tensor | None], launch: Launch) -> None:
         self._expected, self._launch = expected, launch
         self._start, self._came = start, dict[int, torch.Tensor | None]()
-        self._exchanges: Collection[int] = ()
+        self._program: Program | None = None
         self._running: Running | None = None
         self._remembers = True
         self.awaited: int | None = None
@@ -192,7 +191,7 @@ class Exchanging:
             RuntimeContractError: something else came than was expected, and backward can't start again.
         """
         running = self._run()
-        if output not in self._exchanges:
+        if self._program is None or output not in self._program.exchanges:
             return []
         parts = running.advance()
         self.awaited = output
@@ -202,14 +201,19 @@ class Exchanging:
         """All gradients are there: the backward that gives those of the leaves."""
         return self._run()
 
+    def inputs_behind(self, output: int) -> frozenset[int]:
+        """The inputs whose gradients come from an awaited output alone: see `program.inputs_behind`."""
+        assert self._program is not None
+        return inputs_behind(self._program, output)
+
     def _run(self) -> Running:
         if self._running is not None:
             return self._running
         again = not self._expected.is_planned or backward_keeps_graph()
         program, running = self._launch(self._expected.tangents, self._start, again=again)
         self._expected.made(program)
-        self._exchanges = program.exchanges
-        for output, gradient in self._came.items():
+        self._program = program
+        for gradient in self._came.values():
             if gradient is not None:
                 running.advance().clear()
                 running.reply = [gradient]

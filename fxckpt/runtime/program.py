@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import fx
 
 from fxckpt.capture.roles import Arrival, Exchanged, Lead, Roles
 from fxckpt.errors import RuntimeContractError
@@ -18,7 +20,7 @@ from fxckpt.upstream.ops.exchange import EXCHANGE
 from fxckpt.upstream.ops.layout import layout_of
 
 Tangents = frozenset[tuple[int, Arrival]]
-"""What backward starts from, and what gets into it later: indices into `Roles.outputs`, and how their gradients come."""
+"""What backward starts from, and what gets into it later: indices into `Roles.outputs`, and how gradients come."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Program:
     def exchanges(self) -> dict[int, Exchanged]:
         """The outputs whose gradients are exchanged, in the order in which backward does so."""
         nodes = [node for node in self.emitted.backward.nodes if node.target is EXCHANGE]
-        return {self._numbered[node.args[1]]: Exchanged(layout_of(node.meta["val"])) for node in nodes}  # type: ignore[index]
+        return {self._numbered[node.args[1]]: Exchanged(layout_of(node.meta["val"])) for node in nodes}
 
     @cached_property
     def _numbered(self) -> dict[int | None, int]:
@@ -78,6 +80,37 @@ class Program:
     def updated(self) -> tuple[int, ...]:
         """Indices of the inputs that forward changes."""
         return tuple(i for i, given in enumerate(self.roles.inputs) if given.update is not None)
+
+
+def inputs_behind(program: Program, output: int) -> frozenset[int]:
+    """The inputs whose gradients come from that of an output which is exchanged, and from nothing else.
+
+    Raises:
+        RuntimeContractError: some come from it and from others, too.
+    """
+    outputs, inputs = program.roles.outputs, program.roles.inputs
+    tangent = outputs[output].tangent
+    assert tangent is not None
+    (through,) = tangent.users  # where it is exchanged
+    starts = [o.tangent for i, o in enumerate(outputs) if o.tangent is not None and i not in program.exchanges]
+    behind, others = _reached([through]), _reached(starts, but=through)
+    if any(given.gradient in behind and given.gradient in others for given in inputs):
+        raise RuntimeContractError(
+            "backward goes on from an output that another output is computed from, but there are other ways past it to "
+            "the same parameters. Pass retain_graph=True where the gradient of that output was asked for"
+        )
+    return frozenset(i for i, given in enumerate(inputs) if given.gradient in behind)
+
+
+def _reached(starts: Iterable[fx.Node], but: fx.Node | None = None) -> set[fx.Node]:
+    """Nodes computed from some, and those themselves; not by way of `but`."""
+    found = set(starts)
+    pending = list(found)
+    while pending:
+        further = [user for user in pending.pop().users if user is not but and user not in found]
+        found.update(further)
+        pending += further
+    return found
 
 
 class Running:

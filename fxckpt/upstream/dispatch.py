@@ -100,7 +100,7 @@ def will_run(node: Node) -> bool:
 
 def place_in_order(node: Node) -> int:
     """Of two nodes of autograd's that a thread made, the later has the higher number, and runs earlier in backward."""
-    return int(node._sequence_nr())  # type: ignore[attr-defined]
+    return int(node._sequence_nr())
 
 
 def asked_gradients_of() -> tuple[Any, ...]:

@@ -13,9 +13,7 @@ from torch import Tensor
 
 from fxckpt.upstream.ops.library import LIBRARY
 
-LIBRARY.define(
-    "exchange(Tensor[] parts, int number, SymInt[]? stride) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+LIBRARY.define("exchange(Tensor[] parts, int number, SymInt[]? stride) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 def _exchange(parts: Sequence[Tensor], _: int, stride: Sequence[int] | None) -> Tensor:
