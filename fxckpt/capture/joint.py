@@ -82,8 +82,8 @@ def capture(
         args, kwargs: arguments of the call; tensors in them may be nested.
         forward: what to trace instead of `model.forward`.
         tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent,
-            or that its gradient is exchanged; None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all,
-            laid out as the outputs are.
+            or that its gradient is exchanged; None for what is most likely: the loss alone if the model returns an
+            object with a scalar `loss`, else all, laid out as the outputs are.
         likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
             known.
         annotates: the model tells itself, op by op, where it comes from.

@@ -20,7 +20,7 @@ from fxckpt.capture.roles import Arrival, Exchanged
 from fxckpt.errors import RuntimeContractError
 from fxckpt.runtime.program import Program, Running, Tangents, inputs_behind
 from fxckpt.upstream.dispatch import asked_gradients_of, backward_keeps_graph, when_backward_ends
-from fxckpt.upstream.hooks import gradient_hooks_of, with_hooks_noted
+from fxckpt.upstream.hooks import with_hooks_noted
 from fxckpt.upstream.ops.layout import layout_of
 from fxckpt.upstream.tensors import version_of
 
@@ -71,7 +71,7 @@ def is_looked_at(outputs: Iterable[LeadingOutput]) -> bool:
         RuntimeContractError: nobody can tell.
     """
     wanted = asked_gradients_of()
-    return any([output.needs_gradient(wanted) for output in outputs])
+    return any(output.needs_gradient(wanted) for output in outputs)
 
 
 class Expected:

@@ -15,7 +15,6 @@ from torch import fx
 
 from fxckpt.rewrite.emitted import Emitted
 
-
 Backward = Generator[list[torch.Tensor | None], list[torch.Tensor] | None, None]
 """A backward that runs."""
 
