@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -195,10 +195,10 @@ class _Step:
                 "Pass retain_graph=True to the first backward"
             )
         if not self._looked_at(position):
-            return Collecting(tangents, self._launch)
+            return Collecting(tangents, self)
         when_backward_ends(self._ended)
         later = (i for (i,) in reversed(self.program.heads[:position]))
-        return Exchanging(Expected(self.program, tangents, later), tangents, self._launch)
+        return Exchanging(Expected(self.program, tangents, later), tangents, self)
 
     def _looked_at(self, position: int) -> bool:
         """Whether anybody looks at the gradient of an output which backward gets to later than to a head."""
@@ -214,11 +214,12 @@ class _Step:
         if self._saved is not None:
             self._backward = self._running = None
 
-    def _launch(
-        self, made_for: Tangents, tangents: dict[int, torch.Tensor | None], *, again: bool
-    ) -> tuple[Program, Running]:
-        """Start a program's backward; `again`: what was saved is kept for another start."""
-        program = self.program if made_for == self.program.tangents else self._backward_for(made_for)
+    def program_for(self, made_for: Tangents) -> Program:
+        """A program whose backward goes on from this forward, made for these tangents."""
+        return self.program if made_for == self.program.tangents else self._backward_for(made_for)
+
+    def launch(self, program: Program, tangents: Mapping[int, torch.Tensor | None], *, again: bool) -> Running:
+        """Start a program's backward from tangents; `again`: what was saved is kept for another start."""
         if self._saved is None:
             raise RuntimeContractError(
                 "the gradient of an output that another output is computed from came in another form than in the steps "
@@ -232,7 +233,7 @@ class _Step:
             self._saved = None
             if self._to_leaves:
                 self._release()
-        return program, Running(program.executable.backward(boxed), self.place)
+        return Running(program.executable.backward(boxed), self.place)
 
     def parts(self, position: int) -> list[torch.Tensor | None]:
         """What backward has of the gradient of a head's output, for autograd to add up; None where there is no more."""

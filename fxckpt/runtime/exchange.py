@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxckpt.capture.roles import Arrival, Exchanged
 from fxckpt.errors import RuntimeContractError
-from fxckpt.runtime.program import Program, Running, Tangents, inputs_behind
+from fxckpt.runtime.program import Program, Running, Tangents, inputs_behind, same_but_for_layout
 from fxckpt.upstream.dispatch import asked_gradients_of, backward_keeps_graph, when_backward_ends
 from fxckpt.upstream.hooks import with_hooks_noted
 from fxckpt.upstream.ops.layout import layout_of
@@ -125,21 +125,21 @@ class Expected:
                 self._arrivals.setdefault(output, Exchanged())
 
 
-class Launch(Protocol):
-    """Starts a backward behind the forward that ran."""
+class Ran(Protocol):
+    """A forward that ran."""
 
-    def __call__(
-        self, made_for: Tangents, tangents: dict[int, torch.Tensor | None], *, again: bool
-    ) -> tuple[Program, Running]:
-        """The program made for these tangents, with those that are there; `again`: what was saved is kept for another
-        start."""
+    def program_for(self, made_for: Tangents) -> Program:
+        """A program whose backward goes on from it, made for these tangents; the next forward is planned for them."""
+
+    def launch(self, program: Program, tangents: Mapping[int, torch.Tensor | None], *, again: bool) -> Running:
+        """Start a program's backward from tangents; `again`: what was saved is kept for another start."""
 
 
 class Collecting:
     """A backward that starts when the gradients of all outputs are there, since nobody looks at any in between."""
 
-    def __init__(self, start: dict[int, torch.Tensor | None], launch: Launch) -> None:
-        self._tangents, self._launch = start, launch
+    def __init__(self, start: dict[int, torch.Tensor | None], ran: Ran) -> None:
+        self._tangents, self._ran = start, ran
 
     def come(self, output: int, gradient: torch.Tensor | None) -> None:
         """The gradient of an output is there, or there will be none."""
@@ -152,21 +152,21 @@ class Collecting:
     def all_there(self) -> Running:
         """All gradients are there: the backward that gives those of the leaves."""
         present = frozenset((i, layout_of(g)) for i, g in self._tangents.items() if g is not None)
-        _, running = self._launch(present, self._tangents, again=backward_keeps_graph())
-        return running
+        return self._ran.launch(self._ran.program_for(present), self._tangents, again=backward_keeps_graph())
 
 
 class Exchanging:
     """A backward that hands over, output after output, what it has of a gradient, and goes on with what comes back.
 
-    Where something else came than was expected, it is made and run again from the start, with what is known by then.
+    Where something else came than was expected, it is made and run again from the start, with what is known by then. If
+    it can't start again, since what was saved is freed, it goes on where that computes the same.
 
     Attributes:
         awaited: the output of whose gradient the parts are handed over.
     """
 
-    def __init__(self, expected: Expected, start: dict[int, torch.Tensor | None], launch: Launch) -> None:
-        self._expected, self._launch = expected, launch
+    def __init__(self, expected: Expected, start: dict[int, torch.Tensor | None], ran: Ran) -> None:
+        self._expected, self._ran = expected, ran
         self._start, self._came = start, dict[int, torch.Tensor | None]()
         self._program: Program | None = None
         self._running: Running | None = None
@@ -179,10 +179,16 @@ class Exchanging:
         as_expected = self._expected.learn(output, gradient)
         if self._remembers:
             self._came[output] = gradient
-        if not as_expected:
+        if not as_expected and not self._serves(output):
             self._running = None
         elif self._running is not None and gradient is not None:
             self._running.reply = [gradient]
+
+    def _serves(self, output: int) -> bool:
+        """Whether what runs computes what it should, though the gradient of an output came otherwise than expected."""
+        if self._remembers or self._program is None:
+            return False
+        return same_but_for_layout(self._program, self._ran.program_for(self._expected.tangents), output)
 
     def parts(self, output: int) -> list[torch.Tensor | None]:
         """What there is of an output's gradient, for autograd to add up.
@@ -210,7 +216,8 @@ class Exchanging:
         if self._running is not None:
             return self._running
         again = not self._expected.is_planned or backward_keeps_graph()
-        program, running = self._launch(self._expected.tangents, self._start, again=again)
+        program = self._ran.program_for(self._expected.tangents)
+        running = self._ran.launch(program, self._start, again=again)
         self._expected.made(program)
         self._program = program
         for gradient in self._came.values():

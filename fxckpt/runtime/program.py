@@ -6,10 +6,13 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import fx
 
+from fxckpt.capture.nodes import tensors
 from fxckpt.capture.roles import Arrival, Exchanged, Lead, Roles
 from fxckpt.errors import RuntimeContractError
 from fxckpt.rewrite.backends import Backward, Executable
@@ -18,6 +21,7 @@ from fxckpt.runtime.place import Place
 from fxckpt.upstream.dispatch import plain_execution
 from fxckpt.upstream.ops.exchange import EXCHANGE
 from fxckpt.upstream.ops.layout import layout_of
+from fxckpt.upstream.tensors import storage_key
 
 Tangents = frozenset[tuple[int, Arrival]]
 """What backward starts from, and what gets into it later: indices into `Roles.outputs`, and how gradients come."""
@@ -111,6 +115,30 @@ def _reached(starts: Iterable[fx.Node], but: fx.Node | None = None) -> set[fx.No
         found.update(further)
         pending += further
     return found
+
+
+def same_but_for_layout(one: Program, other: Program, output: int) -> bool:
+    """Whether two programs' graphs differ in nothing but the strides in which the gradient of an output comes."""
+    graphs = [program.roles.outputs[output].node.graph for program in (one, other)]
+    number = one.roles.outputs[output].tangent_number
+    exchanged: set[int | None] = set()
+    for nodes in zip_longest(*(graph.nodes for graph in graphs)):
+        if None in nodes or len({node.name for node in nodes}) > 1 or len({node.target for node in nodes}) > 1:
+            return False
+        args = [fx.node.map_arg((node.args, node.kwargs), lambda n: n.name) for node in nodes]
+        keys = [storage_key(tensor) for node in nodes for tensor in tensors(node)]
+        if nodes[0].target is EXCHANGE and nodes[0].args[1] == number:
+            exchanged.update(keys)
+            args = [given[0][0] for given in args]
+        if args[0] != args[1]:
+            return False
+        if not exchanged.intersection(keys) and len({_forms(node) for node in nodes}) > 1:
+            return False
+    return bool(exchanged)
+
+
+def _forms(node: fx.Node) -> tuple[Any, ...]:
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors(node))
 
 
 class Running:
