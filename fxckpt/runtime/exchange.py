@@ -17,12 +17,10 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxckpt.capture.roles import Arrival, Exchanged
-from fxckpt.errors import RuntimeContractError
 from fxckpt.runtime.program import Program, Running, Tangents, inputs_behind, same_but_for_layout
 from fxckpt.upstream.dispatch import asked_gradients_of, backward_keeps_graph, when_backward_ends
 from fxckpt.upstream.hooks import with_hooks_noted
 from fxckpt.upstream.ops.layout import layout_of
-from fxckpt.upstream.tensors import version_of
 
 
 @dataclass(frozen=True)
@@ -31,31 +29,20 @@ class LeadingOutput:
 
     Attributes:
         tensor: the output, while there is anybody who has it.
-        hooks: its hooks, which outlive it.
-        version: how often it had been changed in place when forward ended.
+        hooks: its hooks, which outlive it; those of the value that forward gave, where it is changed in place.
     """
 
     tensor: weakref.ref[torch.Tensor]
     hooks: dict[int, Any]
-    version: int
 
     @classmethod
     def of(cls, output: torch.Tensor) -> LeadingOutput:
         """What is to be known of an output later."""
-        return cls(weakref.ref(output), with_hooks_noted(output), version_of(output))
+        return cls(weakref.ref(output), with_hooks_noted(output))
 
     def needs_gradient(self, wanted: Sequence[Any]) -> bool:
-        """Whether anybody looks at its gradient; `wanted` are tensors and edges that gradients are asked of.
-
-        Raises:
-            RuntimeContractError: nobody can tell of which of its values.
-        """
+        """Whether anybody looks at its gradient; `wanted` are tensors and edges that gradients are asked of."""
         output = self.tensor()
-        if self.hooks and output is not None and version_of(output) != self.version:
-            raise RuntimeContractError(
-                "an output that another output is computed from has a hook and was changed in place, and whether the "
-                "hook is for its value before or after that can't be told. Clone the output before it is changed"
-            )
         if self.hooks or (output is not None and output.retains_grad):
             return True
         if output is None:
@@ -65,11 +52,7 @@ class LeadingOutput:
 
 
 def is_looked_at(outputs: Iterable[LeadingOutput]) -> bool:
-    """Within a backward: whether anybody looks at the gradient of one of these outputs.
-
-    Raises:
-        RuntimeContractError: nobody can tell.
-    """
+    """Within a backward: whether anybody looks at the gradient of one of these outputs."""
     wanted = asked_gradients_of()
     return any(output.needs_gradient(wanted) for output in outputs)
 
