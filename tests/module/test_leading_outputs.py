@@ -385,12 +385,19 @@ def test_an_output_is_changed_in_place(doings: tuple[Callable[[Tensor, list[Tens
 
 
 def test_hooks_of_a_module_around_it() -> None:
-    found: list[list[Tensor]] = []
+    found: list[list[Tensor | None]] = []
     for model in pair(_several_ways):
         outer = nn.Sequential(model)
-        seen: list[Tensor] = []
-        outer.register_full_backward_hook(lambda _, given, out, seen=seen: seen.extend(x for x in (*given, *out)))
-        outer.register_full_backward_pre_hook(lambda _, out: tuple(x * 0.5 for x in out))
+        seen: list[Tensor | None] = []
+
+        def look(_: nn.Module, given: Any, out: Any, seen: list[Tensor | None] = seen) -> None:
+            seen.extend((*given, *out))
+
+        def scale(_: nn.Module, out: Any) -> tuple[Tensor, ...]:
+            return tuple(gradient * 0.5 for gradient in out)
+
+        outer.register_full_backward_hook(look)
+        outer.register_full_backward_pre_hook(scale)
         for seed in range(2):
             outer.zero_grad()
             torch.manual_seed(seed)
