@@ -341,7 +341,8 @@ class _Head(torch.autograd.Function):
         step: _Step = ctx.step
         came = list(gradients)
         follows = ctx.position < len(step.program.heads) - 1 and came.pop() is not None
-        step.arrived(ctx.position, came, follows=follows, to_leaves=will_run(_first_stage(ctx)))
+        to_leaves = not step.program.leads or will_run(_first_stage(ctx))
+        step.arrived(ctx.position, came, follows=follows, to_leaves=to_leaves)
         return None, None, step.place.link()
 
 
