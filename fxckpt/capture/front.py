@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.capture.provenance import annotate, is_users
-from fxckpt.capture.roles import Input, InputKind
+from fxckpt.capture.roles import Arrival, Input, InputKind
 from fxckpt.errors import CaptureError
 from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph, module_key
@@ -118,9 +118,7 @@ class Lifted:
             self.arguments[i.index] if i.kind is InputKind.ARGUMENT else places[Given(i.kind, i.path)] for i in inputs
         )
 
-    def capture(
-        self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, tuple[int, ...]] | None = None
-    ) -> JointGraph:
+    def capture(self, inputs: Sequence[torch.Tensor], tangents: Mapping[int, Arrival] | None = None) -> JointGraph:
         """Forward and backward as one graph, for these inputs of Dynamo's graph; `tangents` as for `capture`."""
         if self._checkpointed:  # said here, since Dynamo keeps what is said while it compiles to itself
             say_bypassed()

@@ -18,9 +18,10 @@ from fxckpt.capture.constants import Constants
 from fxckpt.capture.draws import draws_refused
 from fxckpt.capture.failure import explain
 from fxckpt.capture.functional import FunctionalModel
+from fxckpt.capture.leads import exchange, leads
 from fxckpt.capture.passes import clean
 from fxckpt.capture.provenance import Provenance, of_nodes
-from fxckpt.capture.roles import Roles, read_roles
+from fxckpt.capture.roles import Arrival, Exchanged, Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.errors import CaptureError
 from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
@@ -69,7 +70,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     forward: Callable[..., Any] | None = None,
-    tangents: Mapping[int, tuple[int, ...]] | None = None,
+    tangents: Mapping[int, Arrival] | None = None,
     likely: frozenset[int] | None = None,
     annotates: bool = False,
     capability: tuple[int, int] | None = None,
@@ -80,9 +81,9 @@ def capture(
         model: a module, on any device, "meta" too.
         args, kwargs: arguments of the call; tensors in them may be nested.
         forward: what to trace instead of `model.forward`.
-        tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent;
-            None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all,
-            laid out as the outputs are.
+        tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent,
+            or that its gradient is exchanged; None for what is most likely: the loss alone if the model returns an
+            object with a scalar `loss`, else all, laid out as the outputs are.
         likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
             known.
         annotates: the model tells itself, op by op, where it comes from.
@@ -120,7 +121,7 @@ def capture(
     if outputs is None:
         raise CaptureError("the model's forward was never called while it was captured")
     clean(module)
-    roles, places = read_roles(module.graph, metadata), of_nodes(module.graph)
+    roles, places = read_roles(module.graph, metadata, traced.leads), of_nodes(module.graph)
     return JointGraph(module, roles, inputs, outputs, places, device, frozenset(constants.asked))
 
 
@@ -128,7 +129,7 @@ def capture(
 def _backward_from(
     traced: FunctionalModel,
     watched: Callable[..., Any],
-    tangents: Mapping[int, tuple[int, ...]] | None,
+    tangents: Mapping[int, Arrival] | None,
     likely: frozenset[int] | None,
 ) -> Iterator[None]:
     """Let the traced backward start from some outputs only, and run it `watched`.
@@ -141,6 +142,10 @@ def _backward_from(
         # Among the outputs are leaves that forward changes, which autograd does not see.
         pairs = [(o, t) for o, t in zip(outputs, grad_outputs, strict=True) if id(o) not in traced.leaves]
         outputs, grad_outputs = [o for o, _ in pairs], [t for _, t in pairs]
+        with unseen_by_function_modes():
+            sources = [traced.sources.get(id(output), output) for output in outputs]
+            traced.leads = leads(sources)
+            exchange(sources, tangents or {})
         chosen: Collection[int] = tangents if tangents is not None else likely or ()
         if tangents is None and not likely:
             chosen = _likely_differentiated(traced.outputs, outputs)
@@ -163,12 +168,13 @@ def _origin(tensor: torch.Tensor) -> object:
     return node.next_functions[0][0] if node.name() == "CloneBackward0" else node
 
 
-def _as_given(tangent: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:
+def _as_given(tangent: torch.Tensor, arrival: Arrival | None) -> torch.Tensor:
     """The tangent in the layout that it will arrive in, and in memory of its own.
 
     As AOTAutograd makes them up, tangents of views share the memory of what is viewed.
     """
-    return LAID_OUT(tangent, tangent.stride() if stride is None else stride)  # type: ignore[no-any-return]
+    stride = tangent.stride() if arrival is None or isinstance(arrival, Exchanged) else arrival
+    return LAID_OUT(tangent, stride)  # type: ignore[no-any-return]
 
 
 def _likely_differentiated(structure: Structure | None, outputs: Sequence[torch.Tensor]) -> frozenset[int]:

@@ -44,14 +44,16 @@ class Graph:
         forward_count: number of forward ops.
         outputs: storages handed to the caller by forward; they stay live to the end of the step.
         updates: storages copied into buffers when forward ends; they stay live until then.
-        gradients: storages of the gradients of parameters and inputs. Delivered as they are produced; live to the end
-            of the step if gradients are fresh, until their delivery if they are already allocated.
+        gradients: storages of the gradients of parameters and inputs, and of others that somebody may keep. Delivered
+            as they are produced; live to the end of the step if gradients are fresh, until their delivery if they are
+            already allocated.
         gradients_allocated: whether `.grad` holds tensors before the step (gradient accumulation). If so their
             bytes are counted all the time.
         allocated_gradient_bytes: what those tensors take [B].
         reserved_bytes: memory that the caller declares, such as optimizer state [B].
         library_bytes: memory that libraries keep for good once they have been called, such as cuBLAS's workspaces [B].
         alternatives: number of ops behind the plain ones.
+        delivered_at_end: whether all gradients are delivered together, when backward ends.
     """
 
     ops: tuple[Op, ...]
@@ -65,6 +67,7 @@ class Graph:
     reserved_bytes: int = 0
     library_bytes: int = 0
     alternatives: int = 0
+    delivered_at_end: bool = False
 
     @cached_property
     def plain_count(self) -> int:
@@ -170,6 +173,8 @@ class Graph:
 
         Each handover takes time, and frees memory only where gradients are allocated already.
         """
+        if self.delivered_at_end:
+            return self.bytes_of(self.gradients) + 1
         stages = 128 if self.gradients_allocated else 8
         return max(self.bytes_of(self.gradients) // stages, 1)
 
@@ -340,4 +345,4 @@ def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
         }
     elif type(data["format"]) is not int or data["format"] != _FORMAT:
         raise ValueError(f"its format is {data['format']!r}, and {_FORMAT} is the latest that is known here")
-    return {"library_bytes": 0, **data}  # some files of this format have none
+    return {"library_bytes": 0, "delivered_at_end": False, **data}  # some files of this format have none
