@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxckpt.capture.joint import JointGraph, capture
-from fxckpt.capture.roles import InputKind
+from fxckpt.capture.roles import Arrival, InputKind
 from fxckpt.capture.structure import take_apart
 from fxckpt.core.caching_allocator import AllocatorSettings
 from fxckpt.core.decisions import decisions
@@ -53,11 +53,11 @@ class Compiled:
         """What it adds to the memory in use from the end of its forward to the start of its backward [B]."""
         return Offer.of(self.plan.timeline).held_bytes
 
-    def numbered(self, present: Tangents) -> dict[int, tuple[int, ...]]:
-        """The tangents `present` as `capture` takes them: strides by the number of the output among those with one."""
+    def numbered(self, present: Tangents) -> dict[int, Arrival]:
+        """The tangents `present` as `capture` takes them: by the number of the output among those with one."""
         outputs = self.profile.joint.roles.outputs
-        strides = {outputs[index].tangent_number: stride for index, stride in present}
-        return {number: stride for number, stride in strides.items() if number is not None}
+        arrivals = {outputs[index].tangent_number: arrival for index, arrival in present}
+        return {number: arrival for number, arrival in arrivals.items() if number is not None}
 
 
 def profile_step(
@@ -68,7 +68,7 @@ def profile_step(
     *,
     forward: Callable[..., Any],
     gradients_allocated: bool,
-    tangents: Mapping[int, tuple[int, ...]] | None = None,
+    tangents: Mapping[int, Arrival] | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Profile:
     """Capture a step and attach bytes and times to it; `capability` as for `capture`.

@@ -22,6 +22,7 @@ CORE = (
     *(
         "fields",
         "ops",
+        "arrays",
         "graph",
         "schedule",
         "lifetimes",

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxckpt.capture.joint import JointGraph, capture
 from fxckpt.capture.provenance import annotate, is_users
-from fxckpt.capture.roles import Input, InputKind
+from fxckpt.capture.roles import Arrival, Input, InputKind
 from fxckpt.errors import CaptureError
 from fxckpt.upstream.checkpointed import say_bypassed
 from fxckpt.upstream.dynamo import FUNCTION, TracedGraph, module_key
@@ -121,7 +121,7 @@ class Lifted:
     def capture(
         self,
         inputs: Sequence[torch.Tensor],
-        tangents: Mapping[int, tuple[int, ...]] | None = None,
+        tangents: Mapping[int, Arrival] | None = None,
         *,
         lowered: Callable[[torch.device], bool] | None = None,
     ) -> JointGraph:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fxckpt.capture.constants import Constants
+from fxckpt.capture.roles import Lead
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.capture.traces import Place, unchanged
 from fxckpt.upstream.dispatch import is_traced
@@ -36,6 +37,8 @@ class FunctionalModel(nn.Module):
         self.outputs: Structure | None = None
         self.attributes = tensor_attributes(model)
         self._aliases = _aliases(model)
+        self.leads: dict[int, Lead] = {}  # how outputs are computed from each other
+        self.sources: dict[int, torch.Tensor] = {}  # by ids of what is returned: what the model returns there
         self.leaves: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # what is traced, and the leaf in its place
         for index, (owner, name) in enumerate(self.attributes):
             self.register_buffer(f"attribute_{index}", owner[name].detach())
@@ -52,7 +55,10 @@ class FunctionalModel(nn.Module):
             flat, self.outputs = take_apart(self._forward(*args, **kwargs))
             given_memory = {storage_key(x) for x in (*tensors, *self.parameters(), *self.buffers())}
         traced = {id(leaf): tensor for tensor, leaf in self.leaves.values()}
-        return _told_apart([traced.get(id(tensor), tensor) for tensor in flat], given_memory)
+        sources = [traced.get(id(tensor), tensor) for tensor in flat]
+        outputs = _told_apart(sources, given_memory)
+        self.sources = {id(output): source for output, source in zip(outputs, sources, strict=True)}
+        return outputs
 
     def _leaf(self, traced: torch.Tensor) -> torch.Tensor:
         """A leaf in the place of what the tracer computed, as in eager: of leaves alone autocast keeps its casts.

@@ -18,9 +18,10 @@ from fxckpt.capture.constants import Constants
 from fxckpt.capture.draws import draws_refused
 from fxckpt.capture.failure import explain
 from fxckpt.capture.functional import FunctionalModel
+from fxckpt.capture.leads import exchange, leads
 from fxckpt.capture.passes import clean
 from fxckpt.capture.provenance import Provenance, of_nodes
-from fxckpt.capture.roles import Roles, read_roles
+from fxckpt.capture.roles import Arrival, Exchanged, Roles, read_roles
 from fxckpt.capture.structure import Structure, put_together, take_apart
 from fxckpt.errors import CaptureError
 from fxckpt.upstream.aot import backward_replaced, exported, said_to_compile
@@ -71,7 +72,7 @@ def capture(
     kwargs: dict[str, Any] | None = None,
     *,
     forward: Callable[..., Any] | None = None,
-    tangents: Mapping[int, tuple[int, ...]] | None = None,
+    tangents: Mapping[int, Arrival] | None = None,
     likely: frozenset[int] | None = None,
     annotates: bool = False,
     capability: tuple[int, int] | None = None,
@@ -83,9 +84,9 @@ def capture(
         model: a module, on any device, "meta" too.
         args, kwargs: arguments of the call; tensors in them may be nested.
         forward: what to trace instead of `model.forward`.
-        tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent;
-            None for what is most likely: the loss alone if the model returns an object with a scalar `loss`, else all,
-            laid out as the outputs are.
+        tangents: for each output that backward starts from (see `Output.tangent_number`) the strides of its tangent,
+            or that its gradient is exchanged; None for what is most likely: the loss alone if the model returns an
+            object with a scalar `loss`, else all, laid out as the outputs are.
         likely: if `tangents` is None, the numbers of the outputs that backward most likely starts from, if they are
             known.
         annotates: the model tells itself, op by op, where it comes from.
@@ -99,23 +100,26 @@ def capture(
     tensors, inputs = take_apart((tuple(args), kwargs or {}))
     call = forward or functools.partial(type(model).forward, model)
     modules = {id(module): name for name, module in model.named_modules()}
-    constants = Constants(tensors)
-    traced = FunctionalModel(model, call, inputs, [x.is_leaf for x in tensors], constants)
+    constants, provenance = Constants(tensors), contextlib.nullcontext() if annotates else Provenance(modules)
+
+    def watched(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with provenance, constants:  # not the tracer itself, which asks tensors for their forms all the time
+            return function(*args, **kwargs)
+
+    traced = FunctionalModel(model, functools.partial(watched, call), inputs, [x.is_leaf for x in tensors], constants)
     device = torch.device("meta") if capability else device_of((*model.parameters(), *tensors))
     with (
         _ONE_AT_A_TIME,
         checkpointing_bypassed(),
         draws_refused(),
         tracing_confined(),
-        contextlib.nullcontext() if annotates else Provenance(modules),
-        constants,
         contextlib.ExitStack() as stack,
     ):
         if capability or device.type == "cuda":
             stack.enter_context(right_forms_on_cuda())
         else:
             stack.enter_context(right_strides())
-        stack.enter_context(_backward_from(traced, tangents, likely))
+        stack.enter_context(_backward_from(traced, watched, tangents, likely))
         given = stack.enter_context(made_present(traced, tensors, capability))
         module, metadata = _export(stack, traced, given, lowered=lowered)
     outputs = traced.outputs
@@ -126,15 +130,18 @@ def capture(
 
         rewrite_patterns(module, device)
     clean(module)
-    roles, places = read_roles(module.graph, metadata), of_nodes(module.graph)
+    roles, places = read_roles(module.graph, metadata, traced.leads), of_nodes(module.graph)
     return JointGraph(module, roles, inputs, outputs, places, device, frozenset(constants.asked), lowered)
 
 
 @contextlib.contextmanager
 def _backward_from(
-    traced: FunctionalModel, tangents: Mapping[int, tuple[int, ...]] | None, likely: frozenset[int] | None
+    traced: FunctionalModel,
+    watched: Callable[..., Any],
+    tangents: Mapping[int, Arrival] | None,
+    likely: frozenset[int] | None,
 ) -> Iterator[None]:
-    """Let the traced backward start from some outputs only.
+    """Let the traced backward start from some outputs only, and run it `watched`.
 
     AOTAutograd differentiates every output that requires grad, and gives zeros where eager gives None. All it does is
     one call of `torch.autograd.grad`; outputs that are left out of that call get no gradient at all, as in eager.
@@ -144,6 +151,10 @@ def _backward_from(
         # Among the outputs are leaves that forward changes, which autograd does not see.
         pairs = [(o, t) for o, t in zip(outputs, grad_outputs, strict=True) if id(o) not in traced.leaves]
         outputs, grad_outputs = [o for o, _ in pairs], [t for _, t in pairs]
+        with unseen_by_function_modes():
+            sources = [traced.sources.get(id(output), output) for output in outputs]
+            traced.leads = leads(sources)
+            exchange(sources, tangents or {})
         chosen: Collection[int] = tangents if tangents is not None else likely or ()
         if tangents is None and not likely:
             chosen = _likely_differentiated(traced.outputs, outputs)
@@ -152,7 +163,7 @@ def _backward_from(
         with unseen_by_function_modes():  # some hundred parameters
             leaves = {_origin(before): leaf for before, leaf in traced.leaves.values()}
             inputs = [leaves.get(get_gradient_edge(x).node, x) for x in inputs]
-        return original(outputs, inputs, grad_outputs, **options)
+        return watched(original, outputs, inputs, grad_outputs, **options)
 
     with backward_replaced(grad):
         yield
@@ -166,12 +177,13 @@ def _origin(tensor: torch.Tensor) -> object:
     return node.next_functions[0][0] if node.name() == "CloneBackward0" else node
 
 
-def _as_given(tangent: torch.Tensor, stride: tuple[int, ...] | None) -> torch.Tensor:
+def _as_given(tangent: torch.Tensor, arrival: Arrival | None) -> torch.Tensor:
     """The tangent in the layout that it will arrive in, and in memory of its own.
 
     As AOTAutograd makes them up, tangents of views share the memory of what is viewed.
     """
-    return LAID_OUT(tangent, tangent.stride() if stride is None else stride)  # type: ignore[no-any-return]
+    stride = tangent.stride() if arrival is None or isinstance(arrival, Exchanged) else arrival
+    return LAID_OUT(tangent, stride)  # type: ignore[no-any-return]
 
 
 def _likely_differentiated(structure: Structure | None, outputs: Sequence[torch.Tensor]) -> frozenset[int]:

@@ -11,6 +11,7 @@ from torch import fx
 
 from fxckpt.upstream.determinism import draws_random_numbers, may_differ_when_repeated
 from fxckpt.upstream.operators import HigherOrderOperator, changes_arguments, is_operator, returns_nothing
+from fxckpt.upstream.ops.exchange import EXCHANGE
 from fxckpt.upstream.pytree import tensors_in
 from fxckpt.upstream.tensors import device_of
 
@@ -39,7 +40,7 @@ def is_random(node: fx.Node) -> bool:
 
 def has_effects(node: fx.Node) -> bool:
     """Whether the op must run even if nothing reads its outputs."""
-    if is_random(node) or is_collective(node):
+    if is_random(node) or is_collective(node) or is_exchange(node):
         return True
     target = node.target
     return is_operator(target) and (changes_arguments(target) or returns_nothing(target))
@@ -50,11 +51,18 @@ def is_collective(node: fx.Node) -> bool:
     return is_operator(node.target) and node.target.namespace in _NEVER_REPEATED_NAMESPACES
 
 
+def is_exchange(node: fx.Node) -> bool:
+    """Whether backward hands over an output's gradient there, to go on with what comes back."""
+    return node.target is EXCHANGE
+
+
 def why_pinned(node: fx.Node) -> str:
     """Why the op must not be repeated, or "" if it may be."""
     target = node.target
     if is_collective(node):
         return "it communicates with other processes"
+    if is_exchange(node):
+        return "it hands a gradient over"
     if isinstance(target, HigherOrderOperator):
         return f"{target.name()} is opaque"
     if is_operator(target):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import fx
 from fxckpt.errors import CaptureError
 from fxckpt.upstream import aot
 from fxckpt.upstream.aot import OutputType
-from fxckpt.upstream.operators import UNSAFE_VIEW
 
 
 class InputKind(Enum):
@@ -45,18 +45,45 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Lead:
+    """How other outputs are computed from one, as autograd sees it.
+
+    Attributes:
+        ways: how many parts its gradient may have beside its tangent, one for each use.
+        rank: orders such outputs by where forward computes them.
+        followers: tangent numbers of the outputs that gradients come from.
+    """
+
+    ways: int
+    rank: int
+    followers: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """In the place of a tangent's strides: autograd gets the parts of an output's gradient in the middle of backward,
+    which goes on with what comes back, in these strides; None if they are not known yet."""
+
+    stride: tuple[int, ...] | None = None
+
+
+Arrival = tuple[int, ...] | Exchanged
+"""How the gradient of an output gets into backward: a tangent by its strides, or what is exchanged for its parts."""
+
+
+@dataclass(frozen=True)
 class Output:
     """One tensor that forward computes, with its tangent if backward starts from it.
 
     `requires_grad` says whether backward could start from it; if so, `tangent_number` is its place among such outputs.
-    `leads_on` says that another output that requires grad is computed from it.
+    `lead` says how other outputs are computed from it, if any are through which gradients flow.
     """
 
     node: fx.Node
     tangent: fx.Node | None
     requires_grad: bool
     tangent_number: int | None
-    leads_on: bool = False
+    lead: Lead | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +109,8 @@ class Roles:
     results: tuple[Result, ...]
 
 
-def read_roles(graph: fx.Graph, metadata: Any) -> Roles:
-    """Roles of all placeholders and outputs.
+def read_roles(graph: fx.Graph, metadata: Any, leads: Mapping[int, Lead]) -> Roles:
+    """Roles of all placeholders and outputs; `leads` by tangent number.
 
     Raises:
         CaptureError: an input or output is of a kind that fxckpt does not support, such as tensor subclasses.
@@ -103,7 +130,7 @@ def read_roles(graph: fx.Graph, metadata: Any) -> Roles:
             f"backward would start from {unknown[0].expr()}: forward changes an input in place and gradients flow "
             "through that change. Clone the input before it is changed"
         )
-    outputs, results = _outputs(metadata, produced, tangents)
+    outputs, results = _outputs(metadata, produced, tangents, leads)
     return Roles(inputs, outputs, results)
 
 
@@ -153,7 +180,7 @@ _COMPUTED = (OutputType.non_alias, OutputType.unsafe_view_alias, OutputType.cust
 
 
 def _outputs(
-    metadata: Any, produced: dict[Any, fx.Node | None], tangents: dict[Any, fx.Node]
+    metadata: Any, produced: dict[Any, fx.Node | None], tangents: dict[Any, fx.Node], leads: Mapping[int, Lead]
 ) -> tuple[tuple[Output, ...], tuple[Result, ...]]:
     """Computed outputs, and how results come from them."""
     infos = metadata.output_info
@@ -166,9 +193,9 @@ def _outputs(
             desc = aot.PlainAOTOutput(number)
             place[number] = len(outputs)
             node = _node(produced, desc)
-            outputs.append(Output(node, used.get(desc), info.requires_grad, numbers.get(desc)))
-    ends = {output.node for output in outputs if output.requires_grad}
-    outputs = [replace(output, leads_on=output.requires_grad and _leads_on(output.node, ends)) for output in outputs]
+            tangent_number = numbers.get(desc)
+            lead = None if tangent_number is None else leads.get(tangent_number)
+            outputs.append(Output(node, used.get(desc), info.requires_grad, tangent_number, lead))
     results = []
     for number, info in enumerate(infos):
         kind = info.output_type
@@ -181,26 +208,6 @@ def _outputs(
         else:
             raise CaptureError(f"the model returns a tensor of a kind that fxckpt does not know: {kind}")
     return tuple(outputs), tuple(results)
-
-
-_SAME_VALUE = frozenset({UNSAFE_VIEW, torch.ops.aten.alias.default})
-
-
-def _leads_on(node: fx.Node, ends: set[fx.Node]) -> bool:
-    """Whether another output is computed from an output."""
-    source = node
-    while source.target in _SAME_VALUE:
-        (source,) = source.all_input_nodes
-    pending, seen = list(source.users), {node}
-    while pending:
-        user = pending.pop()
-        if user in seen or user.meta.get("partitioner_tag") == "is_backward":
-            continue
-        seen.add(user)
-        if user in ends:
-            return True
-        pending += user.users
-    return False
 
 
 def _node(produced: dict[Any, fx.Node | None], desc: Any) -> fx.Node:

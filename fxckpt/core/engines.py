@@ -42,15 +42,13 @@ def step_us(graph: Graph, schedule: Schedule) -> float:
     """Time of a whole step [µs]; with compute alone the same in whatever order."""
     if is_asynchronous(graph, schedule):
         return clocks(graph, schedule).step_us
-    return fsum(graph.ops[i].time_us for i in schedule.order)
+    return fsum(graph.arrays.times_us[schedule.array].tolist())
 
 
 def clocks(graph: Graph, schedule: Schedule) -> Clocks:
     """The hours of a schedule, supposed to be valid."""
-    steps = len(schedule)
     if not is_asynchronous(graph, schedule):
-        times = np.fromiter((graph.ops[i].time_us for i in schedule.order), np.float64, steps)
-        sums = np.concatenate(([0.0], np.cumsum(times)))
+        sums = np.concatenate(([0.0], np.cumsum(graph.arrays.times_us[schedule.array])))
         return Clocks(sums, sums[1:], step_us(graph, schedule), 0.0)
     start_us: list[float] = []
     end_us: list[float] = []

@@ -15,6 +15,7 @@ from functools import cached_property
 from math import fsum
 from typing import TYPE_CHECKING, Any, get_args
 
+from fxckpt.core.arrays import Arrays
 from fxckpt.core.fields import columns, records, valid
 from fxckpt.core.ops import RESIDENT, Engine, Op, Place, Storage, StorageKind
 from fxckpt.errors import PlanFormatError
@@ -43,14 +44,16 @@ class Graph:
         forward_count: number of forward ops.
         outputs: storages handed to the caller by forward; they stay live to the end of the step.
         updates: storages copied into buffers when forward ends; they stay live until then.
-        gradients: storages of the gradients of parameters and inputs. Delivered as they are produced; live to the end
-            of the step if gradients are fresh, until their delivery if they are already allocated.
+        gradients: storages of the gradients of parameters and inputs, and of others that somebody may keep. Delivered
+            as they are produced; live to the end of the step if gradients are fresh, until their delivery if they are
+            already allocated.
         gradients_allocated: whether `.grad` holds tensors before the step (gradient accumulation). If so their
             bytes are counted all the time.
         allocated_gradient_bytes: what those tensors take [B].
         reserved_bytes: memory that the caller declares, such as optimizer state [B].
         library_bytes: memory that libraries keep for good once they have been called, such as cuBLAS's workspaces [B].
         alternatives: number of ops behind the plain ones.
+        delivered_at_end: whether all gradients are delivered together, when backward ends.
     """
 
     ops: tuple[Op, ...]
@@ -64,6 +67,7 @@ class Graph:
     reserved_bytes: int = 0
     library_bytes: int = 0
     alternatives: int = 0
+    delivered_at_end: bool = False
 
     @cached_property
     def plain_count(self) -> int:
@@ -105,9 +109,26 @@ class Graph:
         return frozenset(index for index, op in enumerate(self.ops) if op.engine != "compute")
 
     @cached_property
+    def forward_reads(self) -> tuple[tuple[int, ...], ...]:
+        """For each op the storages that it reads and a forward op writes."""
+        made = frozenset(s for op in self.ops[: self.forward_count] for s in op.writes)
+        return tuple(tuple(s for s in op.reads if s in made) for op in self.ops)
+
+    @cached_property
+    def gradient_ops(self) -> frozenset[int]:
+        """Indices of the ops that write gradients."""
+        gradients = frozenset(self.gradients)
+        return frozenset(index for index, op in enumerate(self.ops) if not gradients.isdisjoint(op.writes))
+
+    @cached_property
     def replayed(self) -> frozenset[int]:
         """Storages that exist only to repeat an op (see `Op.replay`)."""
         return frozenset(storage for op in self.ops for storage in op.replay)
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """Ops and storages as arrays."""
+        return Arrays.of(self.ops, self.storages)
 
     def sizes_bytes(self, place: Place) -> tuple[int, ...]:
         """What each storage takes of a memory [B]."""
@@ -152,6 +173,8 @@ class Graph:
 
         Each handover takes time, and frees memory only where gradients are allocated already.
         """
+        if self.delivered_at_end:
+            return self.bytes_of(self.gradients) + 1
         stages = 128 if self.gradients_allocated else 8
         return max(self.bytes_of(self.gradients) // stages, 1)
 
@@ -322,4 +345,4 @@ def _upgraded(data: Mapping[str, Any]) -> Mapping[str, Any]:
         }
     elif type(data["format"]) is not int or data["format"] != _FORMAT:
         raise ValueError(f"its format is {data['format']!r}, and {_FORMAT} is the latest that is known here")
-    return {"library_bytes": 0, **data}  # some files of this format have none
+    return {"library_bytes": 0, "delivered_at_end": False, **data}  # some files of this format have none

@@ -8,12 +8,17 @@ is the place where the original is free.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
 
+import numpy as np
+import numpy.typing as npt
+
+from fxckpt.core.arrays import Integers
 from fxckpt.core.graph import Graph
-from fxckpt.core.schedule import Schedule, deliveries, departures, is_asynchronous
+from fxckpt.core.schedule import Schedule, deliveries, departures, first_runs, is_asynchronous
+
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class _Flights:
         dies: the step in which each copy dies, as far as is known; kept up to date here.
     """
 
-    def __init__(self, dies: list[int]) -> None:
+    def __init__(self, dies: Integers) -> None:
         self.dies = dies
         self.uses: dict[int, frozenset[int]] = {}  # copy that is being written -> all that must stay until it is
 
@@ -62,106 +67,105 @@ class _Flights:
                 self.dies[used] = end
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Lives:
-    """All lifetimes of a schedule, in the order of their births, a list for each field of `Lifetime`."""
+    """All lifetimes of a schedule, in the order of their births, an array for each field of `Lifetime`."""
 
-    storages: list[int]
-    born: list[int]
-    dies: list[int]
-    recomputed: list[bool]
+    storages: Integers
+    born: Integers
+    dies: Integers
+    recomputed: Flags
 
     def __iter__(self) -> Iterator[Lifetime]:
-        rows = zip(self.storages, self.born, self.dies, self.recomputed, strict=True)
+        columns = (self.storages, self.born, self.dies, self.recomputed)
+        rows = zip(*(column.tolist() for column in columns), strict=True)
         return (Lifetime(*row) for row in rows)
+
+    def of(self, chosen: Flags) -> Lives:
+        """Some of them."""
+        return Lives(self.storages[chosen], self.born[chosen], self.dies[chosen], self.recomputed[chosen])
 
 
 def lifetimes(graph: Graph, schedule: Schedule) -> Lives:
-    """Walk the schedule once and note for each copy of a storage when it is written and when it is last used."""
-    split, end = schedule.forward_steps, len(schedule) - 1
-    storages: list[int] = []
-    born: list[int] = []
-    dies: list[int] = []
-    recomputed: list[bool] = []
-    current = [-1] * len(graph.storages)  # the most recent copy of each storage
-    first = [-1] * len(graph.storages)  # the first one, which is handed out
-    executed: set[int] = set()
-    ops, plain_count, flying = graph.ops, graph.plain_count, is_asynchronous(graph, schedule)
-    flights, leaving = _Flights(dies), departures(graph, schedule) if flying else {}
+    """For each copy of a storage when it is written and when it is last used.
 
-    def write(written: Iterable[int], step: int, again: bool) -> None:
-        for storage in written:
-            current[storage] = len(storages)
-            if first[storage] < 0:
-                first[storage] = len(storages)
-            storages.append(storage)
-            born.append(step)
-            dies.append(step)
-            recomputed.append(again)
+    A read is one of the copy written last before it. So with reads and writes sorted by storage and step, a copy is a
+    write and the reads up to the next write, and the last of them is where it dies.
+    """
+    split, end, arrays = schedule.forward_steps, len(schedule) - 1, graph.arrays
+    steps = np.arange(len(schedule))
+    again = first_runs(graph, schedule)[schedule.array] != steps
+    rows = schedule.array + len(graph.ops) * again
+    if split < len(schedule):  # tangents appear
+        steps = np.concatenate((steps[:split], [split], steps[split:]))
+        rows = np.concatenate((rows[:split], [2 * len(graph.ops)], rows[split:]))
+    read, reading = arrays.reads.of(rows)
+    written, writing = arrays.writes.of(rows)
 
-    # Plans are searched for by walking some thousand schedules, so what is most frequent is written out here.
-    for step, index in enumerate(schedule.order):
-        if step == split:
-            write((s for s, info in enumerate(graph.storages) if info.kind == "tangent"), step, False)
-        op = ops[index]
-        again = index in executed
-        executed.add(index)
-        for storage in op.reads:
-            copy = current[storage]
-            if copy >= 0:  # what is there before the step has no copies
-                dies[copy] = step
-        if op.replay:
-            if again:
-                for storage in op.replay:
-                    dies[current[storage]] = step
-            else:
-                write(op.replay, step, False)
-        used = [current[s] for s in (*op.reads, *(op.replay if again else ())) if current[s] >= 0] if flying else []
-        again = again and index < plain_count
-        for storage in op.writes:
-            current[storage] = copy = len(storages)
-            if first[storage] < 0:
-                first[storage] = copy
-            storages.append(storage)
-            born.append(step)
-            dies.append(step)
-            recomputed.append(again)
-        if flying:
-            if index in graph.asynchronous:
-                flights.start(step, used, (current[s] for s in op.writes))
-            else:
-                flights.wait(step, used)
-            flights.wait(step, (first[s] for s in leaving.get(step, ()) if first[s] >= 0))
+    copies, width = len(written), 2 * len(rows)
+    order = np.argsort(np.concatenate((written * width + 2 * writing + 1, read * width + 2 * reading)))
+    writes = np.flatnonzero(order < copies)
+    lasts = order[np.append(writes, len(order))[1:] - 1]
+    born, dies = steps[writing], np.empty(copies, np.int64)
+    dies[order[writes]] = np.concatenate((born, steps[reading]))[lasts]
 
-    for storage in graph.outputs:
-        if first[storage] >= 0:
-            dies[first[storage]] = end
-    for storage in graph.updates:
-        if first[storage] >= 0:
-            dies[first[storage]] = max(dies[first[storage]], split - 1)
-    if graph.gradients_allocated:
-        for delivery in deliveries(graph, schedule):
-            for storage in delivery.gradients:
-                dies[first[storage]] = max(dies[first[storage]], delivery.step)
-    else:
-        for storage in graph.gradients:
-            if first[storage] >= 0:
-                dies[first[storage]] = end
-    flights.land(end)
-    return _without_unread(Lives(storages, born, dies, recomputed), graph.replayed)
-
-
-def _without_unread(lives: Lives, replayed: frozenset[int]) -> Lives:
-    """Of what exists to repeat an op, only what is read: that is not there in a schedule that does not repeat it."""
-    if not replayed:
+    first = np.full(len(graph.storages), -1)  # of each storage the first copy, which is handed out
+    first[written[::-1]] = np.arange(copies - 1, -1, -1)
+    _hold(graph, schedule, first, dies)
+    if is_asynchronous(graph, schedule):
+        copy = np.empty(len(order), np.int64)  # the one that is read, or written
+        copy[order] = np.repeat(order[writes], np.diff(writes, append=len(order)))
+        uses = _by_step(copy[copies:], steps[reading], end), _by_step(np.arange(copies), born, end)
+        _fly(graph, schedule, first.tolist(), dies, uses)
+    recomputed = (rows >= len(graph.ops)) & (rows < len(graph.ops) + graph.plain_count)
+    lives = Lives(written, born, dies, recomputed[writing])
+    if not graph.replayed:
         return lives
-    read = [
-        storage not in replayed or dies > born
-        for storage, born, dies in zip(lives.storages, lives.born, lives.dies, strict=True)
-    ]
-    return Lives(
-        list(compress(lives.storages, read)),
-        list(compress(lives.born, read)),
-        list(compress(lives.dies, read)),
-        list(compress(lives.recomputed, read)),
-    )
+    return lives.of(~arrays.replayed[written] | (dies > born))  # what exists to repeat an op only if one is repeated
+
+
+def _hold(graph: Graph, schedule: Schedule, first: Integers, dies: Integers) -> None:
+    """First copies that leave the step stay until they do."""
+
+    def hold(storages: Sequence[int], step: int) -> None:
+        if storages:
+            copies = first[list(storages)]
+            copies = copies[copies >= 0]
+            dies[copies] = np.maximum(dies[copies], step)
+
+    end = len(schedule) - 1
+    hold(graph.outputs, end)
+    hold(graph.updates, schedule.forward_steps - 1)
+    if not graph.gradients_allocated:
+        hold(graph.gradients, end)
+        return
+    for delivery in deliveries(graph, schedule):
+        hold(delivery.gradients, delivery.step)
+
+
+def _by_step(copies: Integers, steps: Integers, end: int) -> list[list[int]]:
+    """Copies by the steps in which they are used."""
+    used: list[list[int]] = [[] for _ in range(end + 1)]
+    for copy, step in zip(copies.tolist(), steps.tolist(), strict=True):
+        used[step].append(copy)
+    return used
+
+
+def _fly(
+    graph: Graph, schedule: Schedule, first: Sequence[int], dies: Integers, uses: tuple[list[list[int]], ...]
+) -> None:
+    """Let copies live as long as other engines work on them.
+
+    Args:
+        first: for each storage its first copy.
+        dies: the step in which each copy dies as far as compute goes; changed here.
+        uses: for each step the copies that it reads, and those that it writes.
+    """
+    flights, leaving = _Flights(dies), departures(graph, schedule)
+    for step, (index, read, written) in enumerate(zip(schedule.order, *uses, strict=True)):
+        if index in graph.asynchronous:
+            flights.start(step, read, written)
+        else:
+            flights.wait(step, read)
+        flights.wait(step, (first[s] for s in leaving.get(step, ()) if first[s] >= 0))
+    flights.land(len(schedule) - 1)

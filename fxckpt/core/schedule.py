@@ -7,11 +7,13 @@ a read means the most recent execution of the op that writes the storage, and a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
 
-from fxckpt.core.graph import RESIDENT, Graph
+import numpy as np
+
+from fxckpt.core.arrays import Integers
+from fxckpt.core.graph import Graph
 from fxckpt.errors import InvalidScheduleError
 
 
@@ -29,6 +31,18 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.order)
+
+    @cached_property
+    def array(self) -> Integers:
+        """`order` as an array.
+
+        Raises:
+            TypeError: it is not one of whole numbers.
+        """
+        array = np.array(self.order) if self.order else np.zeros(0, np.int64)
+        if array.dtype.kind not in "iu" or array.ndim != 1:
+            raise TypeError("the order of a schedule is one of whole numbers")
+        return array.astype(np.int64, copy=False)
 
     def repeats(self) -> dict[int, int]:
         """For each op that runs more than once, how often it is repeated."""
@@ -70,21 +84,21 @@ def deliveries(graph: Graph, schedule: Schedule) -> list[Delivery]:
     What another engine than compute writes is finished at the first compute op that reads it.
     """
     gradients = frozenset(graph.gradients)
-    start, flying = schedule.forward_steps, is_asynchronous(graph, schedule)
+    start, last, flying = schedule.forward_steps, len(schedule) - 1, is_asynchronous(graph, schedule)
     waiting = [s for s in graph.gradients if graph.storages[s].kind != "backward"]  # a tangent that is passed through
     waiting_bytes = graph.bytes_of(waiting)
     seen = set(waiting)
     stages: list[Delivery] = []
-    for step in range(start, len(schedule)):
-        finished = graph.ops[schedule.order[step]].writes
-        if flying:
-            finished = _finished(graph, schedule, step)
+    for step in range(start, last + 1):
+        if not flying and schedule.order[step] not in graph.gradient_ops and step not in (start, last):
+            continue
+        finished = _finished(graph, schedule, step) if flying else graph.ops[schedule.order[step]].writes
         for storage in finished:
             if storage in gradients and storage not in seen:
                 seen.add(storage)
                 waiting.append(storage)
                 waiting_bytes += graph.storages[storage].size_bytes
-        if waiting and (waiting_bytes >= graph.stage_bytes or step == len(schedule) - 1):
+        if waiting and (waiting_bytes >= graph.stage_bytes or step == last):
             stages.append(Delivery(step, tuple(waiting)))
             waiting, waiting_bytes = [], 0
     return stages
@@ -113,64 +127,68 @@ def check(graph: Graph, schedule: Schedule) -> None:
         InvalidScheduleError: an op reads what is not there, a backward op runs in forward, an op that must not be
             repeated is, ordered ops change places, are left out or wait for backward, or an output, update or gradient
             is never written.
+        TypeError: its order is not one of whole numbers.
     """
-    if not 0 <= schedule.forward_steps <= len(schedule):
-        raise InvalidScheduleError(f"forward_steps is {schedule.forward_steps} of {len(schedule)} steps")
-    available = {i for i, s in enumerate(graph.storages) if s.kind in RESIDENT}
-    executed: set[int] = set()
-    ops, count = graph.ops, len(graph.ops)
-    for step, index in enumerate(schedule.order):
-        if not 0 <= index < count:
-            raise InvalidScheduleError(f"step {step} names op {index}, but there are {len(graph.ops)}")
-        if step == schedule.forward_steps:
-            _check_forward_ended(graph, available, executed)
-            available |= {i for i, s in enumerate(graph.storages) if s.kind == "tangent"}
-        op = ops[index]
-        if step < schedule.forward_steps and graph.forward_count <= index < graph.plain_count:
-            raise InvalidScheduleError(f"step {step} runs the backward op {op.name} in forward")
-        if index in executed and op.pinned:
-            raise InvalidScheduleError(f"step {step} repeats {op.name}, which must run once: {op.pinned}")
-        if not available.issuperset(op.reads):
-            name = graph.storages[next(s for s in op.reads if s not in available)].name
-            raise InvalidScheduleError(f"step {step} runs {op.name}, which reads {name} before anything writes it")
-        executed.add(index)
-        available.update(op.writes)
-    if len(schedule) == schedule.forward_steps:
-        _check_forward_ended(graph, available, executed)
-    _check_written(graph, available | _tangents(graph), graph.gradients, "backward ends")
-    _check_executed(graph, range(graph.plain_count), executed, "backward ends")
-    for first, second in pairwise(_ordered_first_runs(graph, schedule)):
-        if first > second:
-            names = graph.ops[second].name, graph.ops[first].name
-            raise InvalidScheduleError(
-                f"{names[0]} must run before {names[1]}: both draw random numbers or have effects"
-            )
+    split, steps, arrays = schedule.forward_steps, len(schedule), graph.arrays
+    if not 0 <= split <= steps:
+        raise InvalidScheduleError(f"forward_steps is {split} of {steps} steps")
+    order = schedule.array
+    nowhere = np.flatnonzero((order < 0) | (order >= len(graph.ops)))
+    if len(nowhere):
+        step = int(nowhere[0])
+        raise InvalidScheduleError(f"step {step} names op {order[step]}, but there are {len(graph.ops)}")
+    first = first_runs(graph, schedule)
+    written = np.where(arrays.resident, -1, steps)  # the step in which each storage is written first
+    np.minimum.at(written, arrays.written, first[arrays.writing])
+    available = np.where(arrays.tangent, split - 1, written)
+
+    again = first[order] != np.arange(steps)
+    backward = (order[:split] >= graph.forward_count) & (order[:split] < graph.plain_count)
+    unready = first[arrays.reading[available[arrays.read] >= first[arrays.reading]]]
+    wrong = np.concatenate((np.flatnonzero(backward), np.flatnonzero(again & arrays.pinned[order]), unready))
+    step = int(wrong.min(initial=steps))
+    if step < split:
+        raise _wrong_step(graph, schedule, step, available)
+    _check_written(graph, written, split, (*graph.outputs, *graph.updates), "forward ends")
+    ordered = arrays.ordered
+    _check_executed(graph, ordered[(ordered < graph.forward_count) & (first[ordered] >= split)], "forward ends")
+    if step < steps:
+        raise _wrong_step(graph, schedule, step, available)
+    _check_written(graph, available, steps, graph.gradients, "backward ends")
+    _check_executed(graph, ordered[first[ordered] == steps], "backward ends")
+    turned = np.flatnonzero(np.diff(first[ordered]) < 0)
+    if len(turned):
+        names = (graph.ops[i].name for i in ordered[turned[0] : turned[0] + 2])
+        raise InvalidScheduleError(f"{' must run before '.join(names)}: both draw random numbers or have effects")
 
 
-def _tangents(graph: Graph) -> set[int]:
-    return {i for i, s in enumerate(graph.storages) if s.kind == "tangent"}
+def first_runs(graph: Graph, schedule: Schedule) -> Integers:
+    """For each op the step in which it runs first; the number of steps if it never does."""
+    steps = len(schedule)
+    first = np.full(len(graph.ops), steps)
+    first[schedule.array[::-1]] = np.arange(steps - 1, -1, -1)  # of several the last one written stays
+    return first
 
 
-def _check_forward_ended(graph: Graph, available: set[int], executed: set[int]) -> None:
-    _check_written(graph, available, (*graph.outputs, *graph.updates), "forward ends")
-    _check_executed(graph, range(graph.forward_count), executed, "forward ends")
+def _wrong_step(graph: Graph, schedule: Schedule, step: int, available: Integers) -> InvalidScheduleError:
+    """What is wrong with a step, if all before it are right."""
+    index = schedule.order[step]
+    op = graph.ops[index]
+    if step < schedule.forward_steps and graph.forward_count <= index < graph.plain_count:
+        return InvalidScheduleError(f"step {step} runs the backward op {op.name} in forward")
+    if op.pinned and index in schedule.order[:step]:
+        return InvalidScheduleError(f"step {step} repeats {op.name}, which must run once: {op.pinned}")
+    name = graph.storages[next(s for s in op.reads if available[s] >= step)].name
+    return InvalidScheduleError(f"step {step} runs {op.name}, which reads {name} before anything writes it")
 
 
-def _check_executed(graph: Graph, ops: range, executed: set[int], when: str) -> None:
-    missing = [graph.ops[i].name for i in ops if graph.ops[i].ordered and i not in executed]
-    if missing:
-        raise InvalidScheduleError(f"{when}, but {missing[0]}, which draws random numbers or has an effect, never ran")
+def _check_executed(graph: Graph, missing: Integers, when: str) -> None:
+    if len(missing):
+        name = graph.ops[missing[0]].name
+        raise InvalidScheduleError(f"{when}, but {name}, which draws random numbers or has an effect, never ran")
 
 
-def _check_written(graph: Graph, available: set[int], needed: tuple[int, ...], when: str) -> None:
-    missing = [graph.storages[s].name for s in needed if s not in available]
+def _check_written(graph: Graph, written: Integers, step: int, needed: tuple[int, ...], when: str) -> None:
+    missing = [graph.storages[s].name for s in needed if written[s] >= step]
     if missing:
         raise InvalidScheduleError(f"{when}, but nothing wrote {missing[0]}")
-
-
-def _ordered_first_runs(graph: Graph, schedule: Schedule) -> Iterator[int]:
-    seen: set[int] = set()
-    for index in schedule.order:
-        if graph.ops[index].ordered and index not in seen:
-            seen.add(index)
-            yield index

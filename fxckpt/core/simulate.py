@@ -8,7 +8,6 @@ follow from the order alone (`core.lifetimes`), time from the clocks of the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import fsum
@@ -19,6 +18,7 @@ import numpy.typing as npt
 
 from fxckpt.core import engines
 from fxckpt.core import schedule as schedules
+from fxckpt.core.arrays import Integers
 from fxckpt.core.engines import Clocks, Times
 from fxckpt.core.graph import RESIDENT, Graph, Place
 from fxckpt.core.lifetimes import Lifetime, Lives, lifetimes
@@ -44,7 +44,7 @@ class Timeline:
 
     Attributes:
         graph, schedule: what was simulated.
-        lives: every copy of every storage that the step allocates, as lists.
+        lives: every copy of every storage that the step allocates, as arrays.
         live_bytes: bytes of the device in use during each step, workspace included; shape (steps,) [B].
         step_us: time of the whole step [µs].
         recompute_us: the part of it that computes what the plain step has computed or does not need [µs].
@@ -77,9 +77,8 @@ class Timeline:
         """Storages that take the device's memory from forward into backward only because backward reads them."""
         split, storages = self.schedule.forward_steps, self.graph.storages
         outputs = frozenset(self.graph.outputs)
-        spans = zip(self.lives.storages, self.lives.born, self.lives.dies, strict=True)
-        lasting = (s for s, born, dies in spans if born < split <= dies and s not in outputs)
-        return tuple(s for s in lasting if storages[s].place == "device")
+        lasting = self.lives.storages[(self.lives.born < split) & (self.lives.dies >= split)].tolist()
+        return tuple(s for s in lasting if s not in outputs and storages[s].place == "device")
 
     @cached_property
     def saved_bytes(self) -> int:
@@ -117,21 +116,20 @@ class Timeline:
     @cached_property
     def live_bytes_by_kind(self) -> dict[PeakKind, npt.NDArray[np.int64]]:
         """`live_bytes` by what they are for: one array of shape (steps,) a kind, which add up to it [B]."""
-        steps, sizes_bytes = len(self.schedule), self.graph.sizes_bytes("device")
-        lives: dict[PeakKind, list[Lifetime]] = {kind: [] for kind in PEAK_KINDS}
-        for kind, life in zip(self.kinds, self.lifetimes, strict=True):
-            lives[kind].append(life)
+        steps, sizes_bytes, kinds = len(self.schedule), self.graph.arrays.device_bytes, np.array(self.kinds)
         static_bytes = self._static_bytes_by_kind()
-        live_bytes = {kind: static_bytes[kind] + _sums(_spans(lives[kind]), sizes_bytes, steps) for kind in PEAK_KINDS}
-        live_bytes["temporaries"] += _workspace_bytes(self.graph, self.schedule)
+        live_bytes = {
+            kind: static_bytes[kind] + _sums(self.lives.of(kinds == kind), sizes_bytes, steps) for kind in PEAK_KINDS
+        }
+        live_bytes["temporaries"] += self.graph.arrays.workspace_bytes[self.schedule.array]
         return live_bytes
 
     def live_bytes_at(self, place: Place) -> npt.NDArray[np.int64]:
         """Bytes of a memory in use during each step, `live_bytes` of the device; shape (steps,) [B]."""
         if place == "device":
             return self.live_bytes
-        static_bytes = self.graph.given_bytes(place)
-        return static_bytes + _sums(_spans(self.lifetimes), self.graph.sizes_bytes(place), len(self.schedule))
+        sizes_bytes = np.array(self.graph.sizes_bytes(place), dtype=np.int64)
+        return self.graph.given_bytes(place) + _sums(self.lives, sizes_bytes, len(self.schedule))
 
     @cached_property
     def kinds(self) -> tuple[PeakKind, ...]:
@@ -204,36 +202,33 @@ def simulate(graph: Graph, schedule: Schedule) -> Timeline:
         InvalidScheduleError: see `fxckpt.core.schedule.check`.
     """
     schedules.check(graph, schedule)
+    return walk(graph, schedule)
+
+
+def walk(graph: Graph, schedule: Schedule) -> Timeline:
+    """As `simulate`, for a schedule that is known to be valid."""
     lives = lifetimes(graph, schedule)
-    spans = zip(lives.storages, lives.born, lives.dies, strict=True)
-    live_bytes = _sums(spans, graph.sizes_bytes("device"), len(schedule))
-    live_bytes += graph.static_bytes + _workspace_bytes(graph, schedule)
-    recompute_us = fsum(graph.ops[i].time_us * count for i, count in _again(graph, schedule).items())
-    return Timeline(graph, schedule, lives, live_bytes, engines.step_us(graph, schedule), recompute_us)
+    live_bytes = _sums(lives, graph.arrays.device_bytes, len(schedule))
+    live_bytes += graph.static_bytes + graph.arrays.workspace_bytes[schedule.array]
+    return Timeline(
+        graph, schedule, lives, live_bytes, engines.step_us(graph, schedule), _recompute_us(graph, schedule)
+    )
 
 
-def _spans(lives: Iterable[Lifetime]) -> Iterator[tuple[int, int, int]]:
-    return ((life.storage, life.born, life.dies) for life in lives)
+def _sums(lives: Lives, sizes_bytes: Integers, steps: int) -> Integers:
+    """Bytes of all that is live in each step [B]."""
+    sizes_bytes = sizes_bytes[lives.storages]
+    change = np.zeros(steps + 1, dtype=np.int64)
+    np.add.at(change, lives.born, sizes_bytes)
+    np.subtract.at(change, lives.dies + 1, sizes_bytes)
+    return np.cumsum(change[:steps])
 
 
-def _sums(spans: Iterable[tuple[int, int, int]], sizes_bytes: Sequence[int], steps: int) -> npt.NDArray[np.int64]:
-    """Bytes of all that is live in each step [B], from storages and the first and last steps that they live in."""
-    change = [0] * (steps + 1)
-    for storage, born, dies in spans:
-        size_bytes = sizes_bytes[storage]
-        change[born] += size_bytes
-        change[dies + 1] -= size_bytes
-    return np.cumsum(np.array(change[:steps], dtype=np.int64))
-
-
-def _again(graph: Graph, schedule: Schedule) -> dict[int, int]:
-    """How often each compute op runs beyond its part in the plain step."""
-    repeats = schedule.repeats()
-    if not graph.alternatives and not graph.asynchronous:
-        return repeats
-    again = {op: repeats.get(op, 0) + (op >= graph.plain_count) for op in dict.fromkeys(schedule.order)}
-    return {op: count for op, count in again.items() if count and op not in graph.asynchronous}
-
-
-def _workspace_bytes(graph: Graph, schedule: Schedule) -> npt.NDArray[np.int64]:
-    return np.fromiter((graph.ops[i].workspace_bytes for i in schedule.order), np.int64, len(schedule))
+def _recompute_us(graph: Graph, schedule: Schedule) -> float:
+    """Time of what compute runs beyond the plain step [µs]."""
+    counts = np.bincount(schedule.array, minlength=len(graph.ops))
+    again = np.maximum(counts - 1, 0)
+    again[graph.plain_count :] = counts[graph.plain_count :]
+    again[list(graph.asynchronous)] = 0
+    repeated = np.flatnonzero(again)
+    return fsum((graph.arrays.times_us[repeated] * again[repeated]).tolist())

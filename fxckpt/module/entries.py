@@ -126,9 +126,10 @@ class Entry:
             RuntimeContractError: what that forward kept can't serve it.
         """
         if present not in self.captured:
-            self.captured[present] = capture()
+            captured = capture()
+            self.captured[present] = self.captured.setdefault(captured.program.tangents, captured)
         other = self.expected = self.captured[present]
-        if present == ran.program.tangents:
+        if other.program.tangents == ran.program.tangents:
             return ran.program
         key = (id(ran), present)
         if key not in self.bridges:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from fxckpt.capture.front import Lifted
-from fxckpt.capture.roles import InputKind
+from fxckpt.capture.roles import Arrival, InputKind
 from fxckpt.core.plans import Plan
 from fxckpt.module.entries import Entry
 from fxckpt.module.planning import Planning
@@ -135,7 +135,7 @@ class PlannedGraph:
         return entry
 
     def _profile(
-        self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, tuple[int, ...]] | None = None
+        self, key: _Key, inputs: Sequence[torch.Tensor], tangents: dict[int, Arrival] | None = None
     ) -> Profile:
         joint = self._lifted.capture(inputs, tangents, lowered=self._planning.options.fuses)
         parameters = [inputs[i] for i in self._parameter_places]

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fxckpt.capture.front import NewMemoryError
+from fxckpt.capture.roles import Arrival
 from fxckpt.capture.structure import Structure, take_apart
 from fxckpt.core.plans import Plan
 from fxckpt.errors import CaptureError, FxckptError, RuntimeContractError, UnguardedCaptureWarning
@@ -130,7 +131,7 @@ class Unguarded:
         self,
         args: Sequence[Any],
         kwargs: dict[str, Any],
-        tangents: dict[int, tuple[int, ...]] | None = None,
+        tangents: dict[int, Arrival] | None = None,
         *,
         gradients_allocated: bool,
     ) -> Profile:

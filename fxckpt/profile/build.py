@@ -10,8 +10,8 @@ import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import device, has_effects, is_random, tensors, value, why_pinned
-from fxckpt.core.graph import Graph, Op, Storage
+from fxckpt.capture.nodes import device, has_effects, is_exchange, is_random, tensors, value, why_pinned
+from fxckpt.core.graph import Graph, Op, Storage, StorageKind
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
 from fxckpt.units import block_bytes_on, whole_blocks
@@ -68,19 +68,20 @@ def build(joint: JointGraph, cost: CostModel, block_bytes: int = 1, map_: Storag
     map_ = map_ or map_storages(joint, block_bytes)
     working = working_nodes(joint, map_)
     nodes = [n for n in working if n in map_.forward] + [n for n in working if n not in map_.forward]
-    replayed = _ReplayedStorages(joint, map_)
     parts = tuple(_parts(nodes, map_))
-    ops = tuple(_op(part, joint, map_, replayed, cost) for part in parts)
+    further = _FurtherStorages(joint, map_)
+    ops = tuple(_op(part, joint, map_, further, cost) for part in parts)
     roles = joint.roles
     gradients = [i.gradient for i in roles.inputs if i.gradient is not None]
     graph = Graph(
         ops=ops,
-        storages=(*map_.storages, *replayed.storages),
+        storages=(*map_.storages, *further.storages),
         forward_count=sum(part[0] in map_.forward for part in parts),
         outputs=_behind(map_, [o.node for o in roles.outputs]),
         updates=_behind(map_, [i.update for i in roles.inputs if i.update is not None]),
-        gradients=_behind(map_, gradients),
+        gradients=tuple(dict.fromkeys((*_behind(map_, gradients), *further.kept))),
         allocated_gradient_bytes=sum(_size_bytes(g, block_bytes) for g in gradients),
+        delivered_at_end=any(map(is_exchange, nodes)),
     )
     graph.check()
     return Profile(joint, map_, parts, graph)
@@ -106,16 +107,39 @@ def _behind(map_: StorageMap, nodes: list[fx.Node]) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map_.behind[n] for n in nodes))
 
 
-class _ReplayedStorages:
-    """Storages that exist only so that an op can be repeated: generator states, and buffers before they are changed."""
+class _FurtherStorages:
+    """Storages that no node stands for.
+
+    Some exist only so that an op can be repeated: generator states, and buffers before they are changed. Others belong
+    to whoever wants the gradient of an output.
+
+    Attributes:
+        storages: all of them.
+        kept: those that backward must not count as free before it ends, and others of the graph that it must not.
+    """
 
     def __init__(self, joint: JointGraph, map_: StorageMap) -> None:
         self._offset = len(map_.storages)
         self._changed = {map_.behind[i.node] for i in joint.roles.inputs if i.update is not None}
         self._map = map_
         self.storages: list[Storage] = []
+        self.kept: list[int] = []
 
-    def of(self, node: fx.Node) -> tuple[int, ...]:
+    def exchanged(self, node: fx.Node) -> tuple[int, ...]:
+        """What a node that hands a gradient over makes others keep, beside what it writes: a copy (`retain_grad`).
+
+        Where the gradient is but one part, a view of something larger, that is kept too.
+        """
+        if not is_exchange(node):
+            return ()
+        (written,) = self._map.writes[node]
+        storages = self._map.storages
+        size_bytes = storages[written].size_bytes
+        self.kept += [s for s in self._map.reads(node) if storages[s].size_bytes > size_bytes]
+        self.kept.append(self._add(f"{node.name}.kept", size_bytes, "backward"))
+        return (self.kept[-1],)
+
+    def replayed(self, node: fx.Node) -> tuple[int, ...]:
         found = []
         if is_random(node):
             found.append(self._add(f"{node.name}.rng_state", _state_bytes(node)))
@@ -125,13 +149,13 @@ class _ReplayedStorages:
                 found.append(self._add(name, self._map.storages[storage].size_bytes))
         return tuple(found)
 
-    def _add(self, name: str, size_bytes: int) -> int:
-        self.storages.append(Storage(name, size_bytes, "activation"))
+    def _add(self, name: str, size_bytes: int, kind: StorageKind = "activation") -> int:
+        self.storages.append(Storage(name, size_bytes, kind))
         return self._offset + len(self.storages) - 1
 
 
 def _op(
-    part: tuple[fx.Node, ...], joint: JointGraph, map_: StorageMap, replayed: _ReplayedStorages, cost: CostModel
+    part: tuple[fx.Node, ...], joint: JointGraph, map_: StorageMap, further: _FurtherStorages, cost: CostModel
 ) -> Op:
     pinned = next(filter(None, map(why_pinned, part)), "")
     costs = [cost(node) for node in part]
@@ -143,8 +167,8 @@ def _op(
         name=part[-1].name,
         target=" ".join(str(node.target) for node in part),
         reads=tuple(dict.fromkeys(s for node in part for s in map_.reads(node) if s not in written)),
-        writes=written,
-        replay=() if pinned else tuple(s for node in part for s in replayed.of(node)),
+        writes=(*written, *(s for node in part for s in further.exchanged(node))),
+        replay=() if pinned else tuple(s for node in part for s in further.replayed(node)),
         time_us=sum(spent.time_us for spent in costs),
         flops=sum(map(count_flops, part)),
         workspace_bytes=max(0, *(spent.workspace_bytes for spent in costs), *repeat_bytes),

@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
+from fxckpt.capture.nodes import is_exchange
 from fxckpt.core.graph import RESIDENT
 from fxckpt.profile.build import CostModel, OpCost, Profile, inlined_into
 from fxckpt.profile.devices import DeviceProfile
@@ -95,7 +96,13 @@ def _handed_out(joint: JointGraph, map_: StorageMap) -> set[int]:
     """Storages that leave the step."""
     roles = joint.roles
     nodes = [o.node for o in roles.outputs] + [n for i in roles.inputs for n in (i.update, i.gradient) if n]
-    return {map_.behind[node] for node in nodes}
+    return {map_.behind[node] for node in nodes} | exchanged(map_)
+
+
+def exchanged(map_: StorageMap) -> set[int]:
+    """Storages that hooks of outputs see, or make: nobody may write over them."""
+    nodes = [node for node in map_.writes if is_exchange(node)]
+    return {storage for node in nodes for storage in (*map_.reads(node), *map_.writes[node])}
 
 
 class _Inlining:
@@ -158,7 +165,7 @@ def overwriting(profile: Profile) -> Profile:
     The operand's memory is in use as long as the result is. Such a kernel runs once.
     """
     graph, map_ = profile.graph, profile.map
-    kept = {*graph.outputs, *graph.updates, *graph.gradients}
+    kept = {*graph.outputs, *graph.updates, *graph.gradients, *exchanged(map_)}
     last = {storage: index for index, op in enumerate(graph.ops) for storage in op.reads}
     over: dict[int, int] = {}
     ops = list(graph.ops)

@@ -26,7 +26,7 @@ def stages_of(profile: Profile, schedule: Schedule, hooked: frozenset[int] = fro
         if given.gradient is not None:
             owners.setdefault(profile.map.behind[given.gradient], []).append(index)
     stages = [
-        Stage(delivery.step, tuple(index for storage in delivery.gradients for index in owners[storage]))
+        Stage(delivery.step, tuple(index for storage in delivery.gradients for index in owners.get(storage, ())))
         for delivery in schedules.deliveries(profile.graph, schedule)
     ]
     if not stages:  # backward has no ops: it hands tangents through

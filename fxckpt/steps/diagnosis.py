@@ -7,7 +7,7 @@ with the plain model: what an op of it computes should occur among the results o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from fxckpt.pipeline import Compiled
-from fxckpt.rewrite.backends import Executable
+from fxckpt.rewrite.backends import Backward, Executable
 from fxckpt.rewrite.emitted import Emitted, deliver
 from fxckpt.runtime.autograd import Program
 from fxckpt.upstream import pytree
@@ -106,16 +106,18 @@ class _Recorded:
     def forward(self, boxed: list[Any], /) -> Any:
         return next(self._steps(self.modules[0], boxed))
 
-    def backward(self, boxed: list[Any], /) -> Iterator[Any]:
+    def backward(self, boxed: list[Any], /) -> Backward:
         return self._steps(self.modules[1], boxed)
 
-    def _steps(self, module: fx.GraphModule, boxed: list[Any]) -> Iterator[Any]:
+    def _steps(self, module: fx.GraphModule, boxed: list[Any]) -> Generator[Any, Any, None]:
         steps = _run(module, list(boxed), self.note)
         boxed.clear()
         return steps
 
 
-def _run(module: fx.GraphModule, inputs: Iterable[Any], note: Callable[[fx.Node, Any], None]) -> Iterator[Any]:
+def _run(
+    module: fx.GraphModule, inputs: Iterable[Any], note: Callable[[fx.Node, Any], None]
+) -> Generator[Any, Any, None]:
     """Run a graph node by node; yields what is delivered, and what the graph returns."""
     values: dict[fx.Node, Any] = {}
     given = iter(inputs)

@@ -24,6 +24,7 @@ __all__ = [
     "bare_apply",
     "describes_op",
     "is_traced",
+    "place_in_order",
     "plain_execution",
     "really_computed",
     "unseen_by_function_modes",
@@ -95,6 +96,11 @@ def backward_keeps_graph() -> bool:
 def will_run(node: Node) -> bool:
     """Within a backward: whether a node of autograd's is on the way to what is differentiated with respect to."""
     return bool(torch._C._will_engine_execute_node(node))
+
+
+def place_in_order(node: Node) -> int:
+    """Of two nodes of autograd's that a thread made, the later has the higher number, and runs earlier in backward."""
+    return int(node._sequence_nr())
 
 
 def asked_gradients_of() -> tuple[Any, ...]:

@@ -51,6 +51,18 @@ def gradient_hooks_of(tensor: torch.Tensor) -> dict[int, Any] | None:
     return tensor._backward_hooks
 
 
+def with_hooks_noted(tensor: torch.Tensor) -> dict[int, Any]:
+    """The dictionary in which the hooks will be that get a tensor's gradient, even when the tensor is gone."""
+    tensor.register_hook(_nothing).remove()
+    hooks = gradient_hooks_of(tensor)
+    assert hooks is not None
+    return hooks
+
+
+def _nothing(_: torch.Tensor) -> None:
+    """A hook that looks at nothing."""
+
+
 def with_accumulation_hooks(parameters: Iterable[tuple[Key, torch.Tensor | None]]) -> frozenset[Key]:
     """Names, or numbers, of the parameters for which something is called when their gradient is there.
 

@@ -14,6 +14,7 @@ from torch.nn import _reduction
 from fxckpt.upstream.patching import attribute_replaced
 
 __all__ = [
+    "ADD",
     "ASSERT_ASYNC",
     "ATTENTION",
     "ATTENTION_BACKWARD",
@@ -35,6 +36,8 @@ __all__ = [
 
 aten = torch.ops.aten
 
+ADD: OpOverload = aten.add.Tensor
+"""The sum of two tensors."""
 ASSERT_ASYNC: OpOverload = aten._assert_async.default
 """Raises an error if a value is false."""
 CHECK_ERRORS: OpOverload = aten._linalg_check_errors.default

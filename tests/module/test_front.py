@@ -25,7 +25,6 @@ from fxckpt.errors import (
     CaptureError,
     PlanBypassedWarning,
     ReplanningWarning,
-    RuntimeContractError,
     UnguardedCaptureWarning,
 )
 from fxckpt.module.stand_in import planner_of
@@ -518,45 +517,6 @@ TRACED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 def test_what_dynamo_traces_with_our_answers(name: str) -> None:
     torch.manual_seed(0)
     same_steps(Layers(TRACED[name]), steps=2)
-
-
-# Outputs that others are computed from
-
-
-def test_a_hook_on_an_output_that_another_is_computed_from_is_refused() -> None:
-    model = optimized(Layers(_both))
-    y, features = model(rows(4, 8))
-    (y.sum() + features.sum()).backward()
-    y, features = model(rows(4, 8))
-    features.retain_grad()
-    with pytest.raises(RuntimeContractError, match=r"only the part of its gradient"):
-        y.sum().backward()
-
-
-WANTED: dict[str, Callable[[Tensor, Tensor, nn.Module], Any]] = {
-    "by autograd.grad": lambda y, f, _: torch.autograd.grad(y.sum(), f, allow_unused=True),
-    "by autograd.grad, beside a parameter": lambda y, f, m: torch.autograd.grad(
-        y.sum(), [m.get_parameter("a.weight"), f], allow_unused=True
-    ),
-    "by autograd.grad, as an edge": lambda y, f, _: torch.autograd.grad(
-        y.sum(), [torch.autograd.graph.get_gradient_edge(f)], allow_unused=True
-    ),
-    "by backward": lambda y, f, _: y.sum().backward(inputs=[f]),
-}
-
-
-@pytest.mark.parametrize("name", WANTED)
-@pytest.mark.works(ROW, "gradients of an output with respect to another are refused rather than None")
-def test_gradients_with_respect_to_an_output_that_another_is_computed_from_are_refused(name: str) -> None:
-    model = optimized(Layers(_both))
-    y, features = model(rows(4, 8))
-    with pytest.raises(RuntimeContractError, match=r"no way between them"):
-        WANTED[name](y, features, model)
-    y, features = model(rows(4, 8))
-    (found,) = torch.autograd.grad(y.sum(), model.a.weight)
-    plain = fxckpt.plain(model)
-    (expected,) = torch.autograd.grad(plain(rows(4, 8))[0].sum(), plain.a.weight)
-    assert_same_bits(found, expected, "gradient")
 
 
 def test_a_plan_that_was_given_is_left_where_backward_starts_elsewhere() -> None:

@@ -16,6 +16,7 @@ from fxckpt.capture.passes.copies import drop_copies
 from fxckpt.capture.passes.dead import drop_dead
 from fxckpt.capture.passes.dense import check_dense
 from fxckpt.capture.passes.dropout import exact_dropout
+from fxckpt.capture.passes.exchanges import exchange_parts
 from fxckpt.capture.passes.gradients import own_gradients
 from fxckpt.capture.passes.losses import reduce_losses_apart
 from fxckpt.capture.passes.masked import leave_out_masked
@@ -27,6 +28,7 @@ from fxckpt.capture.passes.views import merge_views
 PASSES: tuple[Callable[[fx.Graph], None], ...] = (
     check_dense,
     lay_out_tangents,
+    exchange_parts,
     seeds_on_cpu,
     exact_dropout,
     own_recurrent_kernels,

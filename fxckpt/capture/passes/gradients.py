@@ -9,6 +9,7 @@ from torch import fx
 
 from fxckpt.capture.nodes import is_selection, value
 from fxckpt.upstream import aot
+from fxckpt.upstream.ops.exchange import EXCHANGE
 from fxckpt.upstream.tensors import storage_key
 
 aten = torch.ops.aten
@@ -23,7 +24,8 @@ def own_gradients(graph: fx.Graph) -> None:
     returned: Any = output.args[0]
     leaves = list(returned)
     placeholders = {node.meta["desc"]: node for node in graph.nodes if node.op == "placeholder"}
-    given = {storage_key(value(node)) for node in placeholders.values()}
+    others = [node for node in graph.nodes if node.target is EXCHANGE]  # whoever has an output's gradient may keep it
+    given = {storage_key(value(node)) for node in (*placeholders.values(), *others)}
     readers = _readers_by_storage(graph)
     delivered: set[tuple[int | None, int]] = set()
     for position, (desc, node) in enumerate(zip(output.meta["desc"], leaves, strict=True)):

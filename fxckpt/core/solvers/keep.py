@@ -29,7 +29,10 @@ def recomputing(graph: Graph, backward: Iterable[int], live: Collection[int]) ->
     there = set(live)
     order: list[int] = []
     for index in backward:
-        again = closure(graph, graph.ops[index].reads, there)
+        if there.issuperset(graph.forward_reads[index]):
+            order.append(index)
+            continue
+        again = closure(graph, graph.forward_reads[index], there)
         there.update(s for op in again for s in graph.ops[op].writes)
         order += [*again, index]
     return order
@@ -38,13 +41,14 @@ def recomputing(graph: Graph, backward: Iterable[int], live: Collection[int]) ->
 def closure(graph: Graph, needed: Iterable[int], live: Collection[int]) -> list[int]:
     """The forward ops to run, in order, to have all storages `needed` when those in `live` are there."""
     ops: set[int] = set()
+    producer, count = graph.producer, graph.forward_count
     pending = list(needed)
     while pending:
         storage = pending.pop()
-        op = graph.producer[storage]
-        if 0 <= op < graph.forward_count and storage not in live and op not in ops:
+        op = producer[storage]
+        if 0 <= op < count and storage not in live and op not in ops:
             ops.add(op)
-            pending += graph.ops[op].reads
+            pending += graph.forward_reads[op]
     return sorted(ops)
 
 

@@ -54,41 +54,41 @@ class Network:
         return [depth >= 0 for depth in level]
 
     def _levels(self) -> list[int]:
-        level = [-1] * len(self.arcs)
+        heads, capacity, arcs = self.heads, self.capacity, self.arcs
+        level = [-1] * len(arcs)
         level[_SOURCE] = 0
         queue = deque([_SOURCE])
         while queue:
             node = queue.popleft()
-            for arc in self.arcs[node]:
-                head = self.heads[arc]
-                if level[head] < 0 and self.capacity[arc] > 1e-9:
-                    level[head] = level[node] + 1
-                    queue.append(head)
+            for arc in arcs[node]:
+                if capacity[arc] > 1e-9 and level[heads[arc]] < 0:
+                    level[heads[arc]] = level[node] + 1
+                    queue.append(heads[arc])
         return level
 
     def _augment(self, level: list[int], following: list[int]) -> bool:
         """Push flow along one shortest path, if there is one left."""
+        heads, capacity = self.heads, self.capacity
         path: list[int] = []
         node = _SOURCE
         while node != _SINK:
-            arcs = self.arcs[node]
-            while following[node] < len(arcs):
-                arc = arcs[following[node]]
-                if self.capacity[arc] > 1e-9 and level[self.heads[arc]] == level[node] + 1:
-                    break
-                following[node] += 1
-            else:
-                if not path:
-                    return False
-                node = self.heads[path.pop() ^ 1]
-                following[node] += 1
+            arcs, number, depth = self.arcs[node], following[node], level[node] + 1
+            count = len(arcs)
+            while number < count and not (capacity[arcs[number]] > 1e-9 and level[heads[arcs[number]]] == depth):
+                number += 1
+            following[node] = number
+            if number < count:
+                path.append(arcs[number])
+                node = heads[arcs[number]]
                 continue
-            path.append(arc)
-            node = self.heads[arc]
-        flow = min(self.capacity[arc] for arc in path)
+            if not path:
+                return False
+            node = heads[path.pop() ^ 1]
+            following[node] += 1
+        flow = min([capacity[arc] for arc in path])
         for arc in path:
-            self.capacity[arc] -= flow
-            self.capacity[arc ^ 1] += flow
+            capacity[arc] -= flow
+            capacity[arc ^ 1] += flow
         return True
 
 

@@ -7,13 +7,16 @@ Whatever a backend does to the graphs for speed, `verify` reads the graphs that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Protocol
 
 import torch
 from torch import fx
 
 from fxckpt.rewrite.emitted import Emitted
+
+Backward = Generator[list[torch.Tensor | None], list[torch.Tensor] | None, None]
+"""A backward that runs."""
 
 
 class Executable(Protocol):
@@ -34,9 +37,10 @@ class Executable(Protocol):
     def forward(self, boxed: list[torch.Tensor], /) -> tuple[torch.Tensor, ...]:
         """From all inputs of the step to updates, outputs and what is saved."""
 
-    def backward(self, boxed: list[torch.Tensor], /, *, kept: bool = False) -> Iterator[list[torch.Tensor | None]]:
+    def backward(self, boxed: list[torch.Tensor], /, *, kept: bool = False) -> Backward:
         """From what is saved, inputs and tangents to the gradients of each stage.
 
-        A list that is yielded is the caller's: who empties it before going on lets its gradients die. If what is given
-        is `kept` for another backward, it stays as it is.
+        A list that is yielded is the caller's: who empties it before going on lets its gradients die. Where an output's
+        gradient is exchanged, its parts are yielded, and a list is sent with what to go on with, which is emptied; the
+        tangents of such outputs are None. If what is given is `kept` for another backward, it stays as it is.
         """

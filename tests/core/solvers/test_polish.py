@@ -13,7 +13,7 @@ from fxckpt.core.schedule import Schedule, check, plain
 from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers.chain.dp import LEVELS, Effort
 from fxckpt.core.solvers.keep import schedule_keeping
-from fxckpt.core.solvers.search.moves import remove, shift, window
+from fxckpt.core.solvers.search.moves import area_shifted, earliest, latest, remove, shift, window
 from fxckpt.core.solvers.search.polish import polish
 from fxckpt.core.solvers.search.tape import EMPTY, Tape
 from fxckpt.core.solvers.search.wiring import Wiring
@@ -70,6 +70,26 @@ def random_edit(tape: Tape, rng: Random) -> None:
         again = [o for o, runs in enumerate(tape.runs) if not tape.wiring.pinned[o] and runs[0] < slot]
         if again:
             tape.put(rng.choice(again), slot)
+
+
+@given(graphs_with_schedules(), st.integers(0, 3), st.integers(0, 2**16))
+def test_what_a_move_would_hold_is_known_before_it_is_made(case: tuple[Graph, Schedule], gap: int, seed: int) -> None:
+    graph, schedule = case
+    tape, rng = Tape(Wiring(graph), schedule, gap=gap), Random(seed)
+    for slot in rng.sample(range(tape.split + 1, tape.end), max(tape.end - tape.split - 1, 0)):
+        op = tape.slots[slot]
+        if op == EMPTY:
+            continue
+        for way in (latest, earliest) if tape.runs[op][0] == slot else (latest,):
+            target = way(tape, slot)
+            if target < 0:
+                continue
+            foreseen, before, mark = area_shifted(tape, slot, target), tape.area, tape.mark()
+            shift(tape, slot, target)
+            assert tape.area - before == foreseen
+            if rng.random() < 0.5:
+                break  # the next moves start from here
+            tape.undo(mark)
 
 
 @pytest.mark.parametrize("effort", ["fast", "default"])

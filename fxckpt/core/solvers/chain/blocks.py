@@ -1,6 +1,6 @@
 """One or several neighbouring segments taken as one: their part of the step, and what it can cost.
 
-A block's part of the step is a `Graph` of its own, so `simulate` says what each choice of kept storages costs in
+A block's part of the step is a `Graph` of its own, so a simulation says what each choice of kept storages costs in
 memory. Equal parts (same ops on the same shapes, wired alike) are solved once. What the chain counts elsewhere weighs
 nothing in them: the block's inputs, pinned storages and outputs of the model.
 """
@@ -13,7 +13,7 @@ from functools import cached_property
 
 from fxckpt.core.graph import Graph, Op, Storage, StorageKind
 from fxckpt.core.schedule import Schedule
-from fxckpt.core.simulate import Timeline, simulate
+from fxckpt.core.simulate import Timeline, walk
 from fxckpt.core.solvers.keep import closure, recomputing
 from fxckpt.core.solvers.mincut import KeepProblem
 from fxckpt.core.solvers.segments import Segments, backward_lives
@@ -50,23 +50,32 @@ class Choice:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Block:
     """The part of a step that belongs to some neighbouring segments.
 
+    Storages are numbered within the block.
+
     Attributes:
-        part: forward ops, then backward ops between two that stand for the rest of the step: the first reads
-            `behind`, the last reads what flows on to earlier segments and what stays.
-        numbers: for each storage of `part` its number in the whole graph.
-        behind: storages that cross the cut behind the block, numbered within it.
+        ops: forward ops, then backward ops, as they stand in the whole graph.
+        wiring: for each of them what it reads and writes.
+        storages: bytes and kind of each storage; what comes from before the block and what is held weighs nothing.
+        numbers: for each storage its number in the whole graph.
+        forward_count: number of forward ops.
+        behind: storages that cross the cut behind the block.
+        leaving: what flows on to the backward of earlier segments, and what stays.
         held: storages that its forward writes and that are kept whatever is chosen: pinned ones and outputs.
         inflow_bytes: what flows into its backward from behind [B].
         twice_bytes: the part of it that flows past the last segment, so the chain counts it too [B].
     """
 
-    part: Graph
+    ops: tuple[Op, ...]
+    wiring: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    storages: tuple[tuple[int, StorageKind], ...]
     numbers: tuple[int, ...]
+    forward_count: int
     behind: tuple[int, ...]
+    leaving: tuple[int, ...]
     held: frozenset[int]
     inflow_bytes: int
     twice_bytes: int
@@ -74,28 +83,46 @@ class Block:
     @cached_property
     def key(self) -> tuple[object, ...]:
         """Equal for blocks that are alike."""
-        ops = tuple((op.signature or op.target, op.reads, op.writes, op.time_us, op.pinned) for op in self.part.ops)
-        sizes = tuple((s.size_bytes, s.kind) for s in self.part.storages)
-        return (ops, sizes, self.part.forward_count, self.behind, self.held, self.inflow_bytes, self.twice_bytes)
+        ops = tuple((op.signature or op.target, op.time_us, op.pinned) for op in self.ops)
+        counts = self.forward_count, self.inflow_bytes, self.twice_bytes
+        return (ops, self.wiring, self.storages, counts, self.behind, self.leaving, self.held)
+
+    @cached_property
+    def part(self) -> Graph:
+        """As a step of its own: backward ops stand between two that stand for the rest of the step.
+
+        The first of these reads `behind`, the last one `leaving`.
+        """
+        moved = [
+            replace(op, reads=reads, writes=writes, replay=())
+            for op, (reads, writes) in zip(self.ops, self.wiring, strict=True)
+        ]
+        forward, backward = moved[: self.forward_count], moved[self.forward_count :]
+        before, after = Op("behind", "behind", self.behind, ()), Op("after", "after", self.leaving, ())
+        return Graph(
+            ops=(*forward, before, *backward, after),
+            storages=tuple(Storage("", size_bytes, kind) for size_bytes, kind in self.storages),
+            forward_count=self.forward_count,
+        )
 
     @cached_property
     def _again(self) -> Graph:
         """The part when its forward has run before: what is held is there."""
         storages = [replace(s, kind="input") if i in self.held else s for i, s in enumerate(self.part.storages)]
-        ops = tuple(replace(op, ordered=False) for op in self.part.ops)
+        ops = tuple(replace(op, ordered=False) if op.ordered else op for op in self.part.ops)
         return replace(self.part, ops=ops, storages=tuple(storages))
 
     def forward_only(self) -> tuple[float, int]:
         """Time [µs] and peak [B] of making `behind` from the block's inputs once more, nothing else kept."""
         ops = closure(self.part, self.behind, self.held)
-        timeline = simulate(self._again, Schedule((*ops, self.part.forward_count), len(ops)))
+        timeline = walk(self._again, Schedule((*ops, self.part.forward_count), len(ops)))
         return self._time_us(ops), _peak(timeline, 0, len(ops))
 
     def backward_only(self) -> tuple[float, int]:
         """Time [µs] and peak [B] of what backward repeats if only the block's inputs are there when it starts."""
         backward = range(self.part.forward_count + 1, len(self.part.ops))
         order = recomputing(self.part, backward, self.held)
-        timeline = simulate(self._again, Schedule(tuple(order), 0))
+        timeline = walk(self._again, Schedule(tuple(order), 0))
         return self._time_us(order) - self._time_us(backward), timeline.peak_bytes - self.twice_bytes
 
     def choices(self, most: int) -> tuple[Choice, ...]:
@@ -113,7 +140,7 @@ class Block:
         count = self.part.forward_count
         live = {*kept, *self.behind, *self.held}
         order = (*range(count), *recomputing(self.part, range(count, len(self.part.ops)), live))
-        timeline = simulate(self.part, Schedule(order, count))
+        timeline = walk(self.part, Schedule(order, count))
         return Choice(
             kept=kept,
             kept_bytes=timeline.saved_bytes,
@@ -195,35 +222,26 @@ class Blocks:
         leaving = dict.fromkeys((*(s for s in self.flow(first) if s not in passing), *staying))
         made = [s for op in forward for s in op.writes]
 
-        mentioned = [s for op in (*forward, *backward) for s in (*op.reads, *op.writes)]
+        ops = (*forward, *backward)
+        mentioned = [s for op in ops for s in (*op.reads, *op.writes)]
         numbers = {s: i for i, s in enumerate(dict.fromkeys((*mentioned, *behind, *inflow, *leaving)))}
         kinds: dict[int, StorageKind] = dict.fromkeys(made, "activation")
         kinds |= dict.fromkeys(inflow, "tangent")
         kinds |= {s: "backward" for op in backward for s in op.writes}
-        before = Op("behind", "behind", tuple(numbers[s] for s in behind), ())
-        after = Op("after", "after", tuple(numbers[s] for s in leaving), ())
-        part = Graph(
-            ops=(*_moved(forward, numbers), before, *_moved(backward, numbers), after),
-            storages=tuple(self._part_storage(s, kinds.get(s, "input")) for s in numbers),
-            forward_count=len(forward),
-        )
+        weights = {s: 0 if s in self._held else self.graph.storages[s].size_bytes for s in kinds}
+
+        def numbered(storages: Iterable[int]) -> tuple[int, ...]:
+            return tuple([numbers[s] for s in storages])
+
         return Block(
-            part=part,
+            ops=ops,
+            wiring=tuple((numbered(op.reads), numbered(op.writes)) for op in ops),
+            storages=tuple((weights.get(s, 0), kinds.get(s, "input")) for s in numbers),
             numbers=tuple(numbers),
-            behind=before.reads,
+            forward_count=len(forward),
+            behind=numbered(behind),
+            leaving=numbered(leaving),
             held=frozenset(numbers[s] for s in made if s in self._held),
             inflow_bytes=self.graph.bytes_of(inflow),
             twice_bytes=self.graph.bytes_of(self.passing(last, last) - passing),
         )
-
-    def _part_storage(self, storage: int, kind: StorageKind) -> Storage:
-        """A storage as it counts in a part: what comes from before the block and what is held weighs nothing."""
-        weightless = kind == "input" or storage in self._held
-        return Storage("", 0 if weightless else self.graph.storages[storage].size_bytes, kind)
-
-
-def _moved(ops: tuple[Op, ...], numbers: dict[int, int]) -> list[Op]:
-    return [
-        replace(op, reads=tuple(numbers[s] for s in op.reads), writes=tuple(numbers[s] for s in op.writes), replay=())
-        for op in ops
-    ]

@@ -27,6 +27,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +103,7 @@ class Drop:
 Step = Forward | Keep | Backward | Drop
 
 
-@dataclass(frozen=True, slots=True)
-class _Move:
+class _Move(NamedTuple):
     """One way to start on segments first … last.
 
     Attributes:
@@ -145,6 +145,7 @@ class Chain:
         self._weights = list(accumulate((x.weight_bytes for x in links), initial=0))
         self._times = list(accumulate((x.forward_us for x in links), initial=0.0))
         self._tables: dict[tuple[int, int], Table] = {}
+        self._least_us: dict[tuple[int, int], float] = {}  # of each row with all the memory there is
         self._listed: dict[tuple[int, int], tuple[_Move, ...]] = {}
         self._chosen: dict[tuple[int, int, int], _Move] = {}
         self._fill()
@@ -174,20 +175,35 @@ class Chain:
                 if row not in rows:
                     rows[row] = self._solve(first, last)
                 self._tables[first, last] = rows[row]
+                self._least_us[first, last] = rows[row].item(-1)
 
     def _solve(self, first: int, last: int) -> Table:
-        table = np.full(self.slots + 1, np.inf)
+        slots, tables = self.slots, self._tables
+        table = np.full(slots + 1, np.inf)
         for move in self._moves(first, last):
-            start = max(move.least_slot, move.shift, move.shift_before)
-            if start > self.slots:
+            until, extra_us, least_slot, _, split, shift, shift_before = move
+            start = max(least_slot, shift, shift_before)
+            if start > slots:
                 continue
-            value: Table | float = move.extra_us
-            if move.until < last:
-                value = value + _shifted(self._tables[move.until + 1, last], start, move.shift)
-            if move.split:
-                value = value + _shifted(self._tables[first, move.until], start, move.shift_before)
-            np.minimum(table[start:], value, out=table[start:])
+            if table.item(start) <= self._bound_us(move, first, last):
+                continue  # as tables fall, it is nowhere better
+            value: Table | float = extra_us
+            if until < last:
+                value = value + _shifted(tables[until + 1, last], start, shift)
+            if split:
+                value = value + _shifted(tables[first, until], start, shift_before)
+            rest = table[start:]
+            np.minimum(rest, value, out=rest)
         return table
+
+    def _bound_us(self, move: _Move, first: int, last: int) -> float:
+        """The least time that a move takes with what comes after it, in whatever budget [µs]."""
+        bound_us = move.extra_us
+        if move.until < last:
+            bound_us += self._least_us[move.until + 1, last]
+        if move.split:
+            bound_us += self._least_us[first, move.until]
+        return bound_us
 
     def _steps(self, first: int, last: int, slot: int) -> Iterator[Step]:
         move = self._best(first, last, min(slot, self.slots))
@@ -215,14 +231,18 @@ class Chain:
             self._listed[first, last] = self._moves(first, last)
         best, best_us = None, float("inf")
         for move in self._listed[first, last]:
-            if slot >= max(move.least_slot, move.shift, move.shift_before) and move.extra_us < best_us:
-                value = move.extra_us
-                if move.until < last:
-                    value += float(self._tables[move.until + 1, last][min(slot - move.shift, self.slots)])
-                if move.split:
-                    value += float(self._tables[first, move.until][min(slot - move.shift_before, self.slots)])
-                if value < best_us:
-                    best, best_us = move, value
+            if (
+                slot < max(move.least_slot, move.shift, move.shift_before)
+                or self._bound_us(move, first, last) >= best_us
+            ):
+                continue
+            value = move.extra_us
+            if move.until < last:
+                value += float(self._tables[move.until + 1, last][min(slot - move.shift, self.slots)])
+            if move.split:
+                value += float(self._tables[first, move.until][min(slot - move.shift_before, self.slots)])
+            if value < best_us:
+                best, best_us = move, value
         if best is None:
             raise ValueError(f"segments {first} to {last} do not fit {slot} slots")
         return best

@@ -85,6 +85,38 @@ def shift(tape: Tape, slot: int, target: int) -> None:
     tape.put(op, target)
 
 
+def area_shifted(tape: Tape, slot: int, target: int) -> int:
+    """By how much `tape.area` grows if a run moves within its window, a repeat to a later slot [B].
+
+    As if gradients were still handed over where they are.
+    """
+    wiring, op = tape.wiring, tape.slots[slot]
+    runs = tape.runs[op]
+    area = 0
+    if wiring.replay_bytes[op] and len(runs) > 1:
+        area += wiring.replay_bytes[op] * (target - slot) * ((runs[-1] == slot) - (runs[0] == slot))
+    for storage in wiring.writes[op]:
+        if size := wiring.sizes[storage]:
+            last = tape.last_use(storage, bisect_left(runs, slot))
+            area += size * (max(target, last) - target - max(slot, last) + slot)
+    for storage in wiring.reads[op]:
+        if size := wiring.sizes[storage]:
+            area += size * _read_shifted(tape, storage, slot, target)
+    return area
+
+
+def _read_shifted(tape: Tape, storage: int, slot: int, target: int) -> int:
+    """By how many slots copies of a storage live longer if a run that reads it moves."""
+    births = tape.births[storage]
+    old, new = bisect_left(births, slot) - 1, bisect_left(births, target) - 1
+    if old < 0:
+        return 0
+    rest = max(births[old], tape.last_use(storage, old, without=slot))
+    if old == new:
+        return max(rest, target) - max(rest, slot)
+    return rest - max(rest, slot) + max(target - tape.copy_at(storage, target)[1], 0)
+
+
 def latest(tape: Tape, slot: int) -> int:
     """The last slot to which a run can move; -1 if it can't move on."""
     low, high = window(tape, slot)

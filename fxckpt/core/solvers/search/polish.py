@@ -18,7 +18,7 @@ from fxckpt.core.simulate import simulate
 from fxckpt.core.solvers.keep import pinned_storages, schedule_keeping
 from fxckpt.core.solvers.mincut import KeepProblem
 from fxckpt.core.solvers.search.anneal import anneal
-from fxckpt.core.solvers.search.moves import earliest, latest, remove, shift
+from fxckpt.core.solvers.search.moves import area_shifted, earliest, latest, remove, shift
 from fxckpt.core.solvers.search.room import reach
 from fxckpt.core.solvers.search.tape import EMPTY, Tape
 from fxckpt.core.solvers.search.wiring import Wiring
@@ -178,6 +178,9 @@ def tighten(tape: Tape) -> None:
 
 
 def _shift_if_smaller(tape: Tape, slot: int, target: int, limit_bytes: int) -> bool:
+    if area_shifted(tape, slot, target) >= 0:
+        tape.edits += 4  # what trying and undoing it takes
+        return False
     mark, before = tape.mark(), tape.area
     shift(tape, slot, target)
     if tape.area < before and tape.risen_bytes() <= limit_bytes and tape.area < before:  # hand-overs may move with it

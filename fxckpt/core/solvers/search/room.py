@@ -26,7 +26,7 @@ def make_room(tape: Tape, slot: int, limit_bytes: int, rng: Random) -> bool:
     """
     remakable, drawn = tape.wiring.remakable, []
     for _ in range(len(remakable)):
-        storage = remakable[int(rng.random() * len(remakable))]
+        storage = int(remakable[int(rng.random() * len(remakable))])
         if (idle := idle_at(tape, storage, slot)) is not None:
             drawn.append((remake_us(tape, idle) / _freed_bytes(tape, idle, limit_bytes), storage))
             if len(drawn) == _SAMPLE:
@@ -98,7 +98,7 @@ def reach(
         if relocate(tape, slot):
             priced += _TRIES
             continue
-        queue = _queue(tape, slot, forbidden, rng, noise)
+        queue = _queue(tape, slot, forbidden, rng, most_us=most_us - tape.step_us, noise=noise)
         priced += len(tape.wiring.remakable)
         while queue and tape.live[slot] > budget_bytes and tape.step_us < most_us:
             known, storage, factor = heappop(queue)
@@ -113,15 +113,18 @@ def reach(
 
 
 def _queue(
-    tape: Tape, slot: int, forbidden: Container[int], rng: Random, noise: float
+    tape: Tape, slot: int, forbidden: Container[int], rng: Random, *, most_us: float, noise: float
 ) -> list[tuple[float, int, float]]:
-    """The storages that are live in a slot and wanted later, as a heap: (least price, storage, random factor)."""
-    births, readers, bounds = tape.births, tape.readers, tape.wiring.least_prices
+    """The storages that are live in a slot and wanted later, as a heap: (least price, storage, random factor).
+
+    Without those that take more than `most_us` to remake in any case.
+    """
+    remakable, prices, least_us = tape.wiring.remakable, tape.wiring.least_prices, tape.wiring.least_us
     queue = []
-    for storage in tape.wiring.remakable:
-        readers_of = readers[storage]
-        if readers_of and births[storage][0] < slot < readers_of[-1] and storage not in forbidden:
+    for storage in remakable[(tape.first_birth[remakable] < slot) & (tape.last_read[remakable] > slot)].tolist():
+        if storage not in forbidden:
             factor = 1 - noise * rng.random() if noise else 1.0
-            queue.append((factor * bounds[storage], storage, factor))
+            if least_us[storage] <= most_us:
+                queue.append((factor * prices[storage], storage, factor))
     heapify(queue)
     return queue

@@ -33,6 +33,8 @@ class Tape:
         runs: for each op the slots in which it runs, ascending.
         readers: for each storage the slots that read it, ascending.
         births: for each storage the slots in which a copy is born, ascending; none for what only a repeat reads.
+        first_birth, last_read: for each storage the first of its births and the last of its readers; behind the end and
+            -1 if there are none.
         hold: for each storage the slot up to which something other than an op keeps its first copy, or -1.
         live: bytes in use in each slot [B].
         area: the sum of `live` [B].
@@ -65,6 +67,8 @@ class Tape:
             self.runs[op] if op >= 0 else given if storage in tangents else never
             for storage, op in enumerate(wiring.producer)
         ]
+        self.first_birth = np.array([births[0] if births else self.end + 1 for births in self.births])
+        self.last_read = np.array([readers[-1] if readers else -1 for readers in self.readers])
         self.hold = [-1] * len(graph.storages)
         self._handover = Handover(wiring, self.split, self.end) if graph.gradients_allocated else None
         self._hold_outputs()
@@ -116,11 +120,20 @@ class Tape:
         return [self._copy(storage, number) for number in range(len(self.births[storage]))]
 
     def _copy(self, storage: int, number: int) -> tuple[int, int]:
+        born, last = self.births[storage][number], self.last_use(storage, number)
+        return born, last if last > born else born
+
+    def last_use(self, storage: int, number: int, *, without: int = -1) -> int:
+        """The last slot in which a copy is read or held, all slots but `without` counted; one before its birth if it
+        is not."""
         births, readers = self.births[storage], self.readers[storage]
-        born = births[number]
         i = bisect_left(readers, births[number + 1]) if number + 1 < len(births) else len(readers)
-        dies = max(born, readers[i - 1]) if i else born
-        return born, max(dies, self.hold[storage]) if number == 0 else dies
+        if i and readers[i - 1] == without:
+            i -= 1
+        last = readers[i - 1] if i else -1
+        if number == 0 and self.hold[storage] > last:
+            return self.hold[storage]
+        return last
 
     def copy_at(self, storage: int, slot: int) -> tuple[int, int]:
         """Lifetime of the copy that a reader in `slot` would read."""
@@ -200,7 +213,9 @@ class Tape:
             self.live[low:high] += size_bytes
             self.area += size_bytes * (high - low)
             if size_bytes > 0:
-                self._risen = min(self._risen[0], low), max(self._risen[1], high)
+                first, last = self._risen
+                if low < first or high > last:
+                    self._risen = min(first, low), max(last, high)
 
     def _put(self, op: int, slot: int) -> None:
         wiring = self.wiring
@@ -213,6 +228,7 @@ class Tape:
             if size := wiring.sizes[storage]:
                 self._add(self._last_use(storage, slot) + 1, slot + 1, size)
             insort(self.readers[storage], slot)
+            self.last_read[storage] = self.readers[storage][-1]
         self._rewrite(op, slot, add=True)
 
     def _take(self, op: int, slot: int) -> None:
@@ -225,6 +241,7 @@ class Tape:
         for storage in wiring.reads[op]:
             readers = self.readers[storage]
             del readers[bisect_left(readers, slot)]
+            self.last_read[storage] = readers[-1] if readers else -1
             if size := wiring.sizes[storage]:
                 self._add(self._last_use(storage, slot) + 1, slot + 1, -size)
         self._rewrite(op, slot, add=False)
@@ -253,6 +270,7 @@ class Tape:
         if wiring.replay_bytes[op]:
             self._replay(op, before, (runs[0], runs[-1]) if len(runs) > 1 else None)
         if not number:
+            self.first_birth[list(wiring.writes[op])] = runs[0] if runs else self.end + 1
             self._cover(op, new, sign=1)
             if self._handover is not None and wiring.gradients_of[op]:
                 self._handover.move(op, first, runs[0] if runs else None)

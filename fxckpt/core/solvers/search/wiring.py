@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fxckpt.core.arrays import integers
 from fxckpt.core.graph import RESIDENT, Graph
 
 
@@ -15,8 +16,8 @@ class Wiring:
         sizes: bytes of each storage [B].
         producer: for each storage the op that writes it, or -1 (a tangent).
         dependents: for each op the ops that read what it writes.
-        remakable: storages with a size whose producer may be repeated.
-        least_prices: for each of them what it takes to remake it at least, by its size [µs/B].
+        remakable: storages with a size whose producer may be repeated, as an array.
+        least_us, least_prices: for each of them what it takes to remake it at least [µs], and by its size [µs/B].
         anchored: whether the first backward step matters, whatever it is, to what tangents and gradients take.
     """
 
@@ -33,8 +34,10 @@ class Wiring:
         self.pinned = [bool(op.pinned) for op in graph.ops]
         self.ordered = [op.ordered for op in graph.ops]
         self.ordered_ops = [index for index, op in enumerate(graph.plain_ops) if op.ordered]
-        self.remakable = [s for s, op in enumerate(self.producer) if op >= 0 and self.sizes[s] and not self.pinned[op]]
-        self.least_prices = {s: self.times_us[self.producer[s]] / self.sizes[s] for s in self.remakable}
+        remakable = [s for s, op in enumerate(self.producer) if op >= 0 and self.sizes[s] and not self.pinned[op]]
+        self.remakable = integers(remakable)
+        self.least_us = {s: self.times_us[self.producer[s]] for s in remakable}
+        self.least_prices = {s: time_us / self.sizes[s] for s, time_us in self.least_us.items()}
         self.tangents = [s for s, info in enumerate(graph.storages) if info.kind == "tangent"]
         self.dependents: list[list[int]] = [[] for _ in graph.ops]
         for index, reads in enumerate(self.reads[: graph.plain_count]):

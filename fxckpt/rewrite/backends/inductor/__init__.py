@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Run:
         dying: those of them that nobody reads after it.
         outputs: the registers that it writes.
         delivers: whether its outputs are handed over.
+        received: the register of what is then given back, if that is to be.
         donated: places in `inputs` of what it writes over.
     """
 
@@ -39,6 +40,7 @@ class Run:
     dying: tuple[int, ...]
     outputs: tuple[int, ...]
     delivers: bool
+    received: int | None
     donated: tuple[int, ...]
 
 
@@ -49,8 +51,8 @@ class Half:
     registers: int
     runs: tuple[Run, ...]
 
-    def results(self, boxed: list[Any], *, kept: bool) -> Iterator[Any]:
-        """Run it; each time values are handed over, give them in a list of the caller's.
+    def results(self, boxed: list[Any], *, kept: bool) -> Generator[Any, Any, None]:
+        """Run it; each time values are handed over, give them in a list of the caller's, who may send others.
 
         Args:
             boxed: what it is given, in a list that is emptied.
@@ -71,8 +73,11 @@ class Half:
             if run.delivers:
                 handed_over = list(results)
                 del results
-                yield handed_over
+                given_back = yield handed_over
                 del handed_over
+                if run.received is not None:
+                    values[run.received] = given_back.pop()
+                del given_back
             else:
                 for place, i in enumerate(run.outputs):
                     values[i] = results[place]
@@ -137,7 +142,10 @@ def _half(profile: Profile, graph: fx.Graph, kernels: Kernels) -> Half:
         inputs = tuple(registers[node] for node in segment.inputs)
         dying = tuple(registers[node] for node in segment.inputs if node in segment.dying)
         outputs: Sequence[int] = ()
+        received = None
+        if segment.received is not None:
+            received = registers.setdefault(segment.received, len(registers))
         if not segment.delivers:
             outputs = [registers.setdefault(n, len(registers)) for n in segment.outputs if n is not None]
-        runs.append(Run(call, inputs, dying, tuple(outputs), segment.delivers, donated))
+        runs.append(Run(call, inputs, dying, tuple(outputs), segment.delivers, received, donated))
     return Half(len(registers), tuple(runs))

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fxckpt.core.graph import RESIDENT
 from fxckpt.core.simulate import Timeline
 from fxckpt.profile.build import Profile
+from fxckpt.profile.fused import exchanged
 from fxckpt.rewrite.backends.inductor.allocations import most_bytes
 from fxckpt.rewrite.backends.inductor.segments import Segment, body
 from fxckpt.upstream import pytree
@@ -39,6 +40,7 @@ class Kernels:
         self.peak_bytes = timeline.peak_bytes if timeline else 0
         self._alive: dict[int | str, int] = {}  # bytes of what is in use between segments
         self._leaving: set[int | str] = {*graph.outputs, *graph.updates, *graph.gradients}
+        self._exchanged = exchanged(profile.map)
 
     def compiled(self, segments: Sequence[Segment]) -> Iterator[tuple[Call, tuple[int, ...]]]:
         """For each segment what runs it, and which of its inputs, by place, it may write over."""
@@ -140,7 +142,7 @@ class Kernels:
         )
 
     def _is_own(self, storage: int | None, alive: list[int | None]) -> bool:
-        if storage is None or storage in self._leaving or alive.count(storage) > 1:
+        if storage is None or storage in self._leaving or storage in self._exchanged or alive.count(storage) > 1:
             return False
         return self._profile.graph.storages[storage].kind in ("activation", "backward")
 

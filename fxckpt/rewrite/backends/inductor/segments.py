@@ -13,10 +13,11 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
-from fxckpt.capture.nodes import has_effects, is_selection
+from fxckpt.capture.nodes import has_effects, is_exchange, is_selection
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.emitted import deliver
 from fxckpt.upstream.fusible import is_fusible
@@ -36,7 +37,8 @@ class Segment:
         outputs: the values that others read, or that leave the step.
         dying: those of its inputs that nobody reads after it.
         compiled: whether it is compiled, or run op by op.
-        delivers: whether gradients are handed over when it has run; its outputs are these then.
+        delivers: whether its outputs are handed over when it has run: gradients, or what forward returns.
+        received: the value that is given back then, where the gradient of an output is exchanged.
     """
 
     nodes: tuple[fx.Node, ...]
@@ -45,6 +47,7 @@ class Segment:
     dying: frozenset[fx.Node]
     compiled: bool
     delivers: bool = False
+    received: fx.Node | None = None
 
 
 @dataclass
@@ -52,6 +55,7 @@ class _Draft:
     nodes: list[fx.Node]
     compiled: bool
     handed_out: tuple[fx.Node | None, ...] | None = None  # gradients, or what forward returns
+    received: fx.Node | None = None
 
 
 def cut(profile: Profile, graph: fx.Graph) -> list[Segment]:
@@ -73,6 +77,7 @@ def cut(profile: Profile, graph: fx.Graph) -> list[Segment]:
                 dying,
                 draft.compiled,
                 delivers=draft.handed_out is not None,
+                received=draft.received,
             )
         )
     return segments
@@ -103,6 +108,11 @@ def _drafts(profile: Profile, graph: fx.Graph) -> list[_Draft]:
             continue
         if node.target is deliver:
             drafts.append(_Draft([], False, tuple(node.args)))  # type: ignore[arg-type]
+            block.forget()
+            continue
+        if is_exchange(node):
+            parts: Any = node.args[0]
+            drafts.append(_Draft([], False, tuple(parts[1:]), received=node))  # the first is what is there otherwise
             block.forget()
             continue
         compiled = not _runs_alone(node)

@@ -2,7 +2,8 @@
 
 A caller that passes tensors as arguments keeps them alive for the whole call, so the generated function takes a list,
 unpacks and clears it; from then on every value dies at its last use. The backward function is a generator: it yields a
-list of finished gradients at the end of each stage, and the caller empties that list before it goes on.
+list of finished gradients at the end of each stage, and the caller empties that list before it goes on. Where an
+output's gradient is exchanged, it yields the parts of it, and is sent a list of what it goes on with.
 
 Frequent ops are called through torch's Python bindings, which take half the time of `torch.ops` to reach the same
 kernel; the others by what is behind `torch.ops`: a step makes hundreds of calls.
@@ -68,9 +69,15 @@ _CALL = re.compile(
 )
 
 
+_EXCHANGE = re.compile(
+    r"(?P<indent>\s*)(?P<name>\w+) = torch\.ops\.fxckpt\.exchange\.default\(\[(?P<tangent>\w+)(?:, )?(?P<parts>[^]]*)\]"
+    r".*?\)(;  (?P<dead>.*) = None)?\s*"
+)
+
+
 def _yielding(lines: list[str]) -> list[str]:
-    """The generated body with deliveries yielded."""
-    return [_yield_after(line) for line in "".join(lines).splitlines(keepends=True)]
+    """The generated body with deliveries and parts of gradients yielded."""
+    return [_yield_parts(_yield_after(line)) for line in "".join(lines).splitlines(keepends=True)]
 
 
 def _yield_after(line: str) -> str:
@@ -82,3 +89,16 @@ def _yield_after(line: str) -> str:
     dead = [other for other in (call["dead"] or "").split(" = ") if other not in ("", name)]
     drop = f";  {' = '.join(dead)} = None" if dead else ""
     return f"{indent}{name} = [{call['args']}]{drop}\n{indent}yield {name};  {name} = None\n"
+
+
+def _yield_parts(line: str) -> str:
+    """Instead of `name = exchange([tangent, a, b], …);  a = b = None`, yield the list of parts for what is sent.
+
+    The tangent is no part: autograd has it.
+    """
+    call = _EXCHANGE.fullmatch(line)
+    if call is None:
+        return line
+    name, indent = call["name"], call["indent"]
+    drop = f";  {call['dead']} = None" if call["dead"] else ""
+    return f"{indent}{name} = [{call['parts']}]{drop}\n{indent}{name} = (yield {name}).pop()\n"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxckpt.capture.nodes import is_exchange
 from fxckpt.core.graph import RESIDENT
 from fxckpt.core.lifetimes import Lifetime
 from fxckpt.core.simulate import Timeline
@@ -61,7 +62,7 @@ def overwritten(profile: Profile, timeline: Timeline) -> dict[int, fx.Node]:
     graph, schedule = profile.graph, timeline.schedule
     split = schedule.forward_steps
     last = {(life.storage, life.dies): life for life in timeline.lifetimes}
-    kept = {*graph.outputs, *graph.updates, *graph.gradients, *graph.replayed}
+    kept = {*graph.outputs, *graph.updates, *graph.gradients, *graph.replayed, *_exchanged(profile)}
     found: dict[int, fx.Node] = {}
     for step, index in enumerate(schedule.order):
         part = profile.parts[index]
@@ -78,6 +79,12 @@ def overwritten(profile: Profile, timeline: Timeline) -> dict[int, fx.Node]:
                 found[step] = source
                 break
     return found
+
+
+def _exchanged(profile: Profile) -> set[int]:
+    """Storages of gradients that are handed over, of which somebody may keep any."""
+    nodes = [node for node in profile.nodes if is_exchange(node)]
+    return {storage for node in nodes for storage in (*profile.map.reads(node), *profile.map.writes[node])}
 
 
 def _candidates(node: fx.Node) -> list[fx.Node]:
