@@ -172,9 +172,7 @@ class Options:
 
     def fuses(self, device: torch.device) -> bool:
         """Whether plans for a device are run by Inductor."""
-        return self.backend == "inductor" or (
-            self.backend == "auto" and not self.bitwise and device.type == "cuda"
-        )
+        return self.backend == "inductor" or (self.backend == "auto" and not self.bitwise and device.type == "cuda")
 
     @cached_property
     def solver_arguments(self) -> dict[str, Any]:
@@ -194,6 +192,7 @@ class OptimizeOptions(TypedDict, total=False):
     optimizer: torch.optim.Optimizer | str | None
     reserve: int | str
     backend: BackendName
+    bitwise: bool
 
 
 class PlanOptions(OptimizeOptions, total=False):
@@ -220,7 +219,7 @@ def read_options(budget: Budget, given: Mapping[str, Any], *, only_plans: bool =
         TypeError: there is no such option.
         BudgetError, SolverError: see `Options`.
     """
-    known = [name for name in flags() if only_plans or name != "gradients"]
+    known = [name for name in (*flags(), "bitwise") if only_plans or name != "gradients"]
     unknown = sorted(given.keys() - set(known))
     if unknown:
         raise TypeError(f"there is no option {unknown[0]!r}; there are {', '.join(known)}")

@@ -36,8 +36,8 @@ from fxckpt.rewrite.backends import python
 from fxckpt.rewrite.bridge import bridge
 from fxckpt.rewrite.verify import verify
 from fxckpt.runtime.autograd import Program, Tangents
-from fxckpt.upstream.tensors import device_of
 from fxckpt.units import format_bytes, within
+from fxckpt.upstream.tensors import device_of
 
 
 @dataclass(frozen=True)
@@ -78,9 +78,7 @@ def profile_step(
     """
     arguments, _ = take_apart((tuple(args), kwargs))
     lowered = options.fuses(device_of((*model.parameters(), *arguments)))
-    joint = capture(
-        model, args, kwargs, forward=forward, tangents=tangents, capability=capability, lowered=lowered
-    )
+    joint = capture(model, args, kwargs, forward=forward, tangents=tangents, capability=capability, lowered=lowered)
     given = {i.node: arguments[i.index] for i in joint.roles.inputs if i.kind is InputKind.ARGUMENT}
     return profile_of(joint, options, model.parameters(), gradients_allocated=gradients_allocated, given=given)
 
@@ -296,9 +294,9 @@ def make_fitting(
 def _warn_if_code_is_over(plan: Plan, peak_bytes: int) -> None:
     if peak_bytes > plan.budget_bytes:
         warnings.warn(
-            f"compiled, the step takes {format_bytes(peak_bytes)}, over the budget of {format_bytes(plan.budget_bytes)}: "
-            "kernels that were fused keep more in memory than the plan has. Leave room by reserve=, or use "
-            'backend="python", whose peak is the plan\'s',
+            f"compiled, the step takes {format_bytes(peak_bytes)}, over the budget of "
+            f"{format_bytes(plan.budget_bytes)}: kernels that were fused keep more in memory than the plan has. Leave "
+            'room by reserve=, or use backend="python", whose peak is the plan\'s',
             OverBudgetWarning,
             stacklevel=2,
         )

@@ -78,7 +78,7 @@ def test_options_as_text() -> None:
 
 
 def test_keyword_arguments_and_flags_are_the_fields_of_options() -> None:
-    written = {f.name: f.type for f in fields(Options) if f.name in flags()}
+    written = {f.name: f.type for f in fields(Options) if f.name in (*flags(), "bitwise")}
     assert {name: str(kind.__forward_arg__) for name, kind in PlanOptions.__annotations__.items()} == written
     assert PlanOptions.__annotations__.keys() - OptimizeOptions.__annotations__.keys() == {"gradients"}
     text = inspect.getdoc(Options) or ""
@@ -98,6 +98,7 @@ GIVEN = {
     "optimizer": ("AdamW", ["--optimizer", "AdamW"]),
     "reserve": ("1GB", ["--reserve", "1GB"]),
     "gradients": ("allocated", ["--gradients", "allocated"]),
+    "backend": ("inductor", ["--backend", "inductor"]),
 }
 
 

@@ -68,7 +68,11 @@ def _joined(joint: JointGraph, map_: StorageMap) -> StorageMap:
             if len(map_.writes[first]) != 1 or len(map_.writes[second]) != 1 or not is_pointwise(second):
                 continue
             (storage,) = map_.writes[first]
-            if storage not in handed_out and readers.get(storage) == {second} and _reads_in_place(second, storage, map_):
+            if (
+                storage not in handed_out
+                and readers.get(storage) == {second}
+                and _reads_in_place(second, storage, map_)
+            ):
                 joined[first] = second
                 same[storage] = map_.writes[second][0]
     if not joined:

@@ -94,6 +94,7 @@ class _Recorded:
 
     executable: Executable
     note: Callable[[fx.Node, Any], None]
+    peak_bytes: int | None = None
 
     @property
     def emitted(self) -> Emitted:
@@ -106,7 +107,7 @@ class _Recorded:
     def forward(self, boxed: list[Any], /) -> Any:
         return next(self._steps(self.modules[0], boxed))
 
-    def backward(self, boxed: list[Any], /) -> Backward:
+    def backward(self, boxed: list[Any], /, *, kept: bool = False) -> Backward:  # noqa: ARG002 (nothing is changed)
         return self._steps(self.modules[1], boxed)
 
     def _steps(self, module: fx.GraphModule, boxed: list[Any]) -> Generator[Any, Any, None]:

@@ -96,7 +96,9 @@ def _check_compiled(
     for name, expected in references.items():
         difference = _difference(found, expected, rounded=True)
         if difference:
-            raise VerificationError(f"the optimized step differs from the step {name}, by more than rounding: {difference}")
+            raise VerificationError(
+                f"the optimized step differs from the step {name}, by more than rounding: {difference}"
+            )
 
 
 def check_same_graph(model: nn.Module, forward: Function, traced: Function, given: tuple[Any, ...]) -> None:

@@ -3,4 +3,4 @@
 from fxckpt.upstream.warned import warnings_ignored
 
 with warnings_ignored():  # its modules warn of torch's own, which nobody can change
-    import torch._inductor.compile_fx
+    import torch._inductor.compile_fx  # noqa: F401

@@ -114,7 +114,7 @@ def _digest(module: fx.GraphModule, donated: Sequence[int], room: RoomForFusion)
     return hashlib.sha256(repr((marks, tuple(donated), room)).encode()).hexdigest()
 
 
-class _Named(CustomGraphPass):  # type: ignore[misc]
+class _Named(CustomGraphPass):
     """A pass that does nothing but to be part of the name by which Inductor keeps what it compiled."""
 
     def __init__(self, name: str) -> None:
@@ -139,7 +139,7 @@ class _Metadata:
 
 
 def _choices(room: RoomForFusion) -> InductorChoices:
-    class Choices(InductorChoices):  # type: ignore[misc]
+    class Choices(InductorChoices):
         @staticmethod
         def can_fuse(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
             usual: bool = InductorChoices.can_fuse(scheduler, node1, node2, shared_data_score)

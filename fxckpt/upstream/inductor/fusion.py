@@ -51,7 +51,7 @@ def _bytes(scheduler: Any, name: str) -> int:
     if node is None:
         return 0
     try:
-        size = V.graph.get_allocation_storage_size(node) if buffer is not None else node.get_numel()
+        size: Any = V.graph.get_allocation_storage_size(node) if buffer is not None else node.get_numel()  # type: ignore[arg-type]
         return int(size) * get_dtype_size(node.get_dtype())
     except (AttributeError, NotImplementedError, TypeError):  # what has no memory
         return 0

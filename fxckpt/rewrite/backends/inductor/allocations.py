@@ -7,7 +7,7 @@ bytes in use at each line, and so whether what was compiled is what was planned,
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,15 +18,18 @@ from fxckpt.capture.nodes import tensors
 _ALIASES = ("reinterpret_tensor", "alias")
 
 
-def most_bytes(source: str, given_bytes: Sequence[int], module: fx.GraphModule) -> int:
+def most_bytes(
+    source: str, given_bytes: Sequence[int], module: fx.GraphModule, workspaces_bytes: Mapping[str, int] | None = None
+) -> int:
     """The most bytes in use at any line of compiled code, beyond what is in use when it is called [B].
 
     Args:
         source: the code.
         given_bytes: for each input what is freed when the code lets go of it: 0 for what others hold, too [B].
         module: what was compiled; it tells the types of what libraries return.
+        workspaces_bytes: what ops take while they run, by the name that a library has for them [B].
     """
-    walk = _Walk(given_bytes, _Forms(module))
+    walk = _Walk(given_bytes, _Forms(module), workspaces_bytes or {})
     walk.block(_function(source).body)
     return walk.most_bytes
 
@@ -55,8 +58,9 @@ class _Forms:
 class _Walk:
     """Names, the memory that they stand for, and how much of it there is."""
 
-    def __init__(self, given_bytes: Sequence[int], forms: _Forms) -> None:
-        self._given_bytes, self._forms = given_bytes, forms
+    def __init__(self, given_bytes: Sequence[int], forms: _Forms, workspaces_bytes: Mapping[str, int]) -> None:
+        self._given_bytes, self._forms, self._workspaces_bytes = given_bytes, forms, workspaces_bytes
+        self._workspace = 0  # of the library that is being called
         self._memory: dict[str, int] = {}  # name -> number of a piece of memory
         self._bytes: list[int] = []
         self._names: list[int] = []  # how many names each piece has
@@ -88,6 +92,7 @@ class _Walk:
             self._alias(target.id, value.id)
         elif isinstance(value, ast.Call):
             called = _called(value)
+            self._calls(called)
             if called.startswith("empty_strided"):
                 self._new(target.id, _allocated_bytes(value))
             elif called.split(".")[-1] in _ALIASES and isinstance(value.args[0], ast.Name):
@@ -95,6 +100,7 @@ class _Walk:
 
     def _assert(self, call: ast.Call) -> None:
         """Code asserts the form of what libraries return: that is where it is allocated."""
+        self._calls(_called(call))
         if _called(call) != "assert_size_stride" or not isinstance(call.args[0], ast.Name):
             return
         name = call.args[0].id
@@ -104,6 +110,14 @@ class _Walk:
         op = ast.literal_eval(call.args[3]) if len(call.args) > 3 else ""
         self._new(name, _extent(shape, stride) * self._forms.element_bytes(op, shape))
 
+    def _calls(self, called: str) -> None:
+        """A library is called, which takes memory of its own, beside what it returns."""
+        if called == "assert_size_stride":
+            return
+        name = called.removesuffix(".default").split(".")[-1]
+        self._workspace = self._workspaces_bytes.get(name, 0)
+        self.most_bytes = max(self.most_bytes, self._present + self._workspace)
+
     def _new(self, name: str, size_bytes: int, *, counted: bool = True) -> None:
         self._forget(name)
         self._memory[name] = len(self._bytes)
@@ -111,7 +125,7 @@ class _Walk:
         self._names.append(1)
         if counted:
             self._present += size_bytes
-            self.most_bytes = max(self.most_bytes, self._present)
+            self.most_bytes = max(self.most_bytes, self._present + self._workspace)
 
     def _alias(self, name: str, other: str) -> None:
         if other in self._memory:

@@ -87,15 +87,28 @@ class Kernels:
         if source:
             freed = [self._freed_bytes(segment, node) for node in segment.inputs]
             present = graph.static_bytes + sum(self._alive.values())
-            self.peak_bytes = max(self.peak_bytes, present + most_bytes(source, freed, module))
+            self.peak_bytes = max(
+                self.peak_bytes, present + most_bytes(source, freed, module, self._workspaces_bytes(segment))
+            )
         leave = {*graph.gradients} if segment.delivers and graph.gradients_allocated else set()
         for node in segment.dying:
             memory = self._memory(node)
             if memory not in self._leaving or memory in leave:
                 self._alive.pop(memory, None)
-        for node in segment.outputs:
-            if node is not None and not segment.delivers:
-                self._alive[self._memory(node)] = self._own_bytes(node)
+        for output in segment.outputs:
+            if output is not None and not segment.delivers:
+                self._alive[self._memory(output)] = self._own_bytes(output)
+
+    def _workspaces_bytes(self, segment: Segment) -> dict[str, int]:
+        """What the ops of a segment take while they run, the most of each kind, by the name of the op [B]."""
+        found: dict[str, int] = {}
+        for node in segment.nodes:
+            step = node.meta.get("fxckpt_step")
+            if step is not None and self._timeline is not None:
+                op = self._profile.graph.ops[self._timeline.schedule.order[step]]
+                name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+                found[name] = max(found.get(name, 0), op.workspace_bytes)
+        return found
 
     def _freed_bytes(self, segment: Segment, node: fx.Node) -> int:
         """What is freed when compiled code lets go of an input [B]."""

@@ -104,10 +104,10 @@ def _drafts(profile: Profile, graph: fx.Graph) -> list[_Draft]:
             continue
         if node.op == "output":
             if node.args[0] is not None:
-                drafts.append(_Draft([], False, tuple(node.args[0])))  # type: ignore[arg-type]
+                drafts.append(_Draft([], False, tuple(node.args[0])))
             continue
         if node.target is deliver:
-            drafts.append(_Draft([], False, tuple(node.args)))  # type: ignore[arg-type]
+            drafts.append(_Draft([], False, tuple(node.args)))
             block.forget()
             continue
         if is_exchange(node):
@@ -118,9 +118,7 @@ def _drafts(profile: Profile, graph: fx.Graph) -> list[_Draft]:
         compiled = not _runs_alone(node)
         begins = block.begins(node)
         goes_on = drafts and drafts[-1].handed_out is None and drafts[-1].compiled and compiled
-        if _picks_result(node):
-            drafts[-1].nodes.append(node)
-        elif goes_on and not begins:
+        if _picks_result(node) or (goes_on and not begins):
             drafts[-1].nodes.append(node)
         else:
             drafts.append(_Draft([node], compiled))
@@ -221,4 +219,3 @@ def _behind(node: fx.Node, there: Container[fx.Node]) -> list[fx.Node]:
             stack.append((source, True))
             stack += [(n, False) for n in reversed(source.all_input_nodes)]
     return list(order)
-
