@@ -115,7 +115,8 @@ def lifetimes(graph: Graph, schedule: Schedule) -> Lives:
     if is_asynchronous(graph, schedule):
         copy = np.empty(len(order), np.int64)  # the one that is read, or written
         copy[order] = np.repeat(order[writes], np.diff(writes, append=len(order)))
-        uses = _by_step(copy[copies:], steps[reading], end), _by_step(np.arange(copies), born, end)
+        by_ops = np.flatnonzero(rows[writing] < 2 * len(graph.ops))  # no op writes the tangents
+        uses = _by_step(copy[copies:], steps[reading], end), _by_step(by_ops, born[by_ops], end)
         _fly(graph, schedule, first.tolist(), dies, uses)
     recomputed = (rows >= len(graph.ops)) & (rows < len(graph.ops) + graph.plain_count)
     lives = Lives(written, born, dies, recomputed[writing])

@@ -37,11 +37,11 @@ class Schedule:
         """`order` as an array.
 
         Raises:
-            TypeError: it is not one of whole numbers.
+            InvalidScheduleError: it is not one of whole numbers, or of such that no graph has as many ops.
         """
         array = np.array(self.order) if self.order else np.zeros(0, np.int64)
         if array.dtype.kind not in "iu" or array.ndim != 1:
-            raise TypeError("the order of a schedule is one of whole numbers")
+            raise InvalidScheduleError("the order of a schedule is one of indices of ops, whole numbers")
         return array.astype(np.int64, copy=False)
 
     def repeats(self) -> dict[int, int]:
@@ -127,7 +127,6 @@ def check(graph: Graph, schedule: Schedule) -> None:
         InvalidScheduleError: an op reads what is not there, a backward op runs in forward, an op that must not be
             repeated is, ordered ops change places, are left out or wait for backward, or an output, update or gradient
             is never written.
-        TypeError: its order is not one of whole numbers.
     """
     split, steps, arrays = schedule.forward_steps, len(schedule), graph.arrays
     if not 0 <= split <= steps:
