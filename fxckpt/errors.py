@@ -6,6 +6,7 @@ __all__ = [
     "BudgetError",
     "CaptureError",
     "CheckpointingBypassedWarning",
+    "CompilationError",
     "CostCacheError",
     "FxckptError",
     "InfeasibleBudgetError",
@@ -34,6 +35,10 @@ class BudgetError(FxckptError, ValueError):
 
 class CaptureError(FxckptError, RuntimeError):
     """The model's forward and backward can't be captured as one graph."""
+
+
+class CompilationError(FxckptError, RuntimeError):
+    """Torch's compiler failed on a part of a plan that it was to run."""
 
 
 class CheckpointingBypassedWarning(UserWarning):

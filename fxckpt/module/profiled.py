@@ -39,13 +39,19 @@ def profile_call(
     the GPU that is planned for.
 
     Raises:
-        CaptureError: the model can't be captured as one graph.
+        CaptureError: the model can't be captured as one graph, or what Inductor lowers is asked for on a GPU that is
+            not there.
     """
     tensors, structure = take_apart((tuple(args), kwargs))
     device = device_of((*model.parameters(), *tensors))
     capability = None if device.type == "cuda" else capability_of(_name(options))
     if capability is not None:
         device = torch.device("meta")  # where no op can be run
+        if options.fuses(torch.device("cuda")):
+            raise CaptureError(
+                f'backend="{options.backend}" plans what Inductor makes of a model for a GPU, which it looks at: plan '
+                'where the GPU is, or with backend="python"'
+            )
     traced = functools.partial(
         profile_step,
         model,

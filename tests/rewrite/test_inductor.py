@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import fxckpt
 from benchmarks.models.cases import GPT, MLP
-from fxckpt.errors import BudgetError, InfeasibleBudgetError, VerificationError
+from fxckpt.errors import BudgetError, CaptureError, CompilationError, InfeasibleBudgetError, VerificationError
 from fxckpt.integrations.torch_compile import fxckpt as backend
 from fxckpt.module.stand_in import planner_of
 from fxckpt.pipeline import Compiled
@@ -236,6 +236,34 @@ def test_options_that_contradict_each_other_are_refused() -> None:
         fxckpt.optimize(model, 1.0, backend="inductor", bitwise=True)
     with pytest.raises(BudgetError, match="'cuda'"):
         fxckpt.optimize(model, 1.0, backend="cuda")  # type: ignore[arg-type]
+
+
+def test_a_compiler_that_fails_is_an_error_that_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nis there")
+
+    monkeypatch.setattr(kernels, "_COMPILED", {})
+    monkeypatch.setattr(kernels, "compile_graph", fails)
+    model, x = mlp()
+    with pytest.raises(CompilationError, match=r'from addmm to \w+: no C\+\+ compiler. Use backend="python"'):
+        fxckpt.optimize(model, 1.0, example_inputs=(x,), **OPTIONS)
+    step(model, model, x)  # it is as it was
+
+
+def test_kernels_for_a_gpu_that_is_not_there_are_refused() -> None:
+    model, x = mlp()
+    names: tuple[Any, ...] = ("inductor", "auto")
+    for name in names:
+        with pytest.raises(CaptureError, match='plan where the GPU is, or with backend="python"'):
+            fxckpt.plan(model, 1.0, example_inputs=(x,), device="H100", backend=name)
+
+
+def test_a_plan_of_kernels_is_made_without_compiling() -> None:
+    model, x = gpt(2)
+    plan = fxckpt.plan(model, 0.8, example_inputs=(x,), backend="inductor")
+    by_ops = fxckpt.plan(model, 0.8, example_inputs=(x,))
+    assert plan.peak_bytes <= plan.budget_bytes
+    assert plan.baseline.peak_bytes <= by_ops.baseline.peak_bytes
 
 
 CODE = """

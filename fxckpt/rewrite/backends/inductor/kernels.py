@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from fxckpt.core.graph import RESIDENT
 from fxckpt.core.simulate import Timeline
+from fxckpt.errors import CompilationError
 from fxckpt.profile.build import Profile
 from fxckpt.profile.fused import exchanged
 from fxckpt.rewrite.backends.inductor.allocations import most_bytes
@@ -64,10 +65,27 @@ class Kernels:
                     continue
                 key = _key(form, narrowest[form])
                 if key not in _COMPILED:
-                    _COMPILED[key] = compile_graph(module, given, narrowest[form])
+                    _COMPILED[key] = self._compile(segment, module, given, narrowest[form])
                     bar.update()
                 self._note(segment, module, _COMPILED[key].source)
                 yield _COMPILED[key].call, given
+
+    def _compile(
+        self, segment: Segment, module: fx.GraphModule, donated: tuple[int, ...], room: RoomForFusion
+    ) -> Compiled:
+        """A segment compiled.
+
+        Raises:
+            CompilationError: Inductor fails.
+        """
+        try:
+            return compile_graph(module, donated, room)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise CompilationError(
+                f"Inductor could not compile the ops from {segment.nodes[0].name} to {segment.nodes[-1].name}: "
+                f'{reason}. Use backend="python", or see whether torch.compile compiles the model'
+            ) from error
 
     def take(self, graph: fx.Graph) -> None:
         """An emitted graph begins: what it is given is in use, and what forward handed to the caller."""
