@@ -180,6 +180,31 @@ def test_a_backward_from_another_output() -> None:
                 torch.testing.assert_close(p.grad, grad)
 
 
+def test_hooks_of_an_output_that_others_are_computed_from() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            features = torch.tanh(self.a(x))
+            return features, self.b(torch.sigmoid(features) * features)
+
+    torch.manual_seed(0)
+    model, x = Features(), torch.randn(4, 8)
+    optimized = fxckpt.optimize(model, 1.0, **OPTIONS)
+    found = []
+    for forward in (model, optimized, optimized):
+        model.zero_grad()
+        features, logits = forward(x)
+        features.retain_grad()
+        features.register_hook(lambda g: 2 * g)
+        (logits.sum() + features.square().sum()).backward()
+        found.append([features.grad, *(p.grad for p in model.parameters())])
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0])
+
+
 def test_mixed_precision() -> None:
     model, x = gpt(1)
     with torch.autocast("cpu", torch.bfloat16):
