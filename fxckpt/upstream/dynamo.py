@@ -50,6 +50,12 @@ _FAILURES = (exc.TorchDynamoException, GuardOnDataDependentSymNode, AssertionErr
 """What Dynamo raises where it can't go on, or where it has a fault itself: some are of its own code."""
 
 
+_CHANGED_MEANWHILE = "Guard failed on the same frame it was created"
+"""What Dynamo says where something else is true at the end of tracing than at its start: a patch of torch that another
+thread made, or took away, since Dynamo guards the code of functions."""
+_ATTEMPTS = 3
+
+
 class NotTraced(Exception):  # noqa: N818 - caught, and answered by another way to capture
     """Dynamo can't make one graph of a function.
 
@@ -259,6 +265,7 @@ class _Callback:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # what the model has to say it says when it runs
+            again = _ATTEMPTS
             while True:
                 self._floats.inputs = set()
                 self._questions.begin()
@@ -272,6 +279,9 @@ class _Callback:
                             raise inner from None
                         stack = getattr(error, "real_stack", None) or ()
                         if self._floats.give_up() or self._questions.tell(stack):
+                            continue
+                        if _CHANGED_MEANWHILE in str(error) and again:
+                            again -= 1
                             continue
                         raise NotTraced(_reason(error), _line(error)) from error
 
