@@ -67,6 +67,9 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Tensor]]] = {
     "mlp": mlp,
 }
 
+SLOW = ("gpt", "mlp")  # which are those with dropout or convolutions, and less
+EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in MODELS]
+
 
 def step(model: nn.Module, forward: Any, x: Tensor, seed: int = 1) -> dict[str, Tensor]:
     """Gradients and buffers after a step from a seed."""
@@ -110,7 +113,7 @@ def test_gradients_are_eagers_up_to_rounding(name: str) -> None:
         assert error(step(twin, optimize(twin, budget, x), x), expected) < ROUNDING
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 def test_a_plan_changes_nothing_but_memory_and_time(name: str) -> None:
     """Repeats draw the masks of forward: under one seed all plans give the gradients of the one without repeats."""
     model, x = MODELS[name]()
@@ -124,7 +127,7 @@ def test_a_plan_changes_nothing_but_memory_and_time(name: str) -> None:
     assert error(results[1], results[0]) < 1e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("budget", [1.0, 0.7])
 def test_measured_peak_is_that_read_off_the_code_and_within_the_budget(name: str, budget: float) -> None:
     model, x = MODELS[name]()
