@@ -134,7 +134,7 @@ class Options:
     )
     backend: BackendName = field(
         default="python",
-        metadata=_on_command_line("what runs the plan (default: python)", choices=("python", "inductor", "auto")),
+        metadata=_on_command_line("what runs the plan (default: python)", choices=get_args(BackendName)),
     )
     bitwise: bool = False
     run_ops: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -78,6 +78,33 @@ def why_pinned(node: fx.Node) -> str:
 def is_selection(node: fx.Node) -> bool:
     """Whether the node only picks an element of a tuple or list."""
     return node.op == "call_function" and node.target is operator.getitem
+
+
+def sources_first(nodes: Iterable[fx.Node], is_wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """Of nodes, and of what these are computed from, all that are wanted: each once, behind its sources.
+
+    What is not wanted ends the search.
+    """
+    found: dict[fx.Node, None] = {}
+    stack = [(node, False) for node in nodes][::-1]
+    while stack:
+        node, ready = stack.pop()
+        if ready:
+            found[node] = None
+        elif node not in found and is_wanted(node):
+            stack.append((node, True))
+            stack += [(source, False) for source in reversed(node.all_input_nodes)]
+    return list(found)
+
+
+def fills(source: fx.Node, node: fx.Node) -> bool:
+    """Whether a value has the form of a node's result, which may take its place, and takes up its whole storage."""
+    old, new = source.meta["val"], node.meta["val"]
+    return _form(old) == _form(new) and old.untyped_storage().nbytes() == new.numel() * new.element_size() > 0
+
+
+def _form(value: torch.Tensor) -> tuple[Any, ...]:
+    return value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg()
 
 
 def describe_again(nodes: Iterable[fx.Node]) -> None:

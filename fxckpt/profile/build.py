@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import device, has_effects, is_exchange, is_random, tensors, value, why_pinned
+from fxckpt.capture.nodes import device, has_effects, is_exchange, is_random, sources_first, tensors, value, why_pinned
 from fxckpt.core.graph import Graph, Op, Storage, StorageKind
 from fxckpt.profile.estimate import count_flops
 from fxckpt.profile.storage import StorageMap, map_storages
@@ -182,16 +182,7 @@ def _op(
 
 def inlined_into(node: fx.Node, map_: StorageMap) -> list[fx.Node]:
     """The nodes that an op computes on the way to its own results, each once, behind those that it reads."""
-    found: dict[fx.Node, None] = {}
-    stack = [(n, False) for n in reversed(node.all_input_nodes)]
-    while stack:
-        source, ready = stack.pop()
-        if ready:
-            found[source] = None
-        elif source in map_.inlined and source not in found:
-            stack.append((source, True))
-            stack += [(n, False) for n in reversed(source.all_input_nodes)]
-    return list(found)
+    return sources_first(node.all_input_nodes, map_.inlined.__contains__)
 
 
 def op_form(node: fx.Node) -> str:

@@ -7,16 +7,14 @@ wherever they are read, at the price of the bytes that they read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
-import torch
 from torch import fx
 
 from fxckpt.capture.joint import JointGraph
-from fxckpt.capture.nodes import is_exchange
+from fxckpt.capture.nodes import fills, is_exchange
 from fxckpt.core.graph import RESIDENT
 from fxckpt.profile.build import CostModel, OpCost, Profile, inlined_into
 from fxckpt.profile.devices import DeviceProfile
@@ -38,15 +36,13 @@ def fuse(joint: JointGraph, map_: StorageMap) -> StorageMap:
     """
     inlined = _Inlining(joint, map_).inlined
     gone = {map_.writes[node][0] for node in inlined if node in map_.writes}
-    kept = [storage for storage in range(len(map_.storages)) if storage not in gone]
-    new = {old: number for number, old in enumerate(kept)}
-    fused = StorageMap(
-        storages=tuple(map_.storages[storage] for storage in kept),
-        behind={node: new[storage] for node, storage in map_.behind.items() if node not in inlined},
-        writes={node: tuple(new[s] for s in written) for node, written in map_.writes.items() if node not in inlined},
-        forward=map_.forward,
-        inlined={node: tuple(new[s] for s in storages) for node, storages in inlined.items()},
+    fused = replace(
+        map_,
+        behind={node: storage for node, storage in map_.behind.items() if node not in inlined},
+        writes={node: written for node, written in map_.writes.items() if node not in inlined},
+        inlined=inlined,
     )
+    fused = _renumbered(fused, gone, {})
     return _joined(joint, fused)
 
 
@@ -75,24 +71,29 @@ def _joined(joint: JointGraph, map_: StorageMap) -> StorageMap:
             ):
                 joined[first] = second
                 same[storage] = map_.writes[second][0]
-    if not joined:
-        return map_
+    return _renumbered(replace(map_, joined=joined), {*same}, same)
+
+
+def _renumbered(map_: StorageMap, gone: Collection[int], same: Mapping[int, int]) -> StorageMap:
+    """The storages without those that are gone; who means one of these means the storage that is the `same`, if any."""
 
     def final(storage: int) -> int:
         while storage in same:
             storage = same[storage]
         return storage
 
-    kept = [storage for storage in range(len(map_.storages)) if storage not in same]
+    kept = [storage for storage in range(len(map_.storages)) if storage not in gone]
     number = {storage: place for place, storage in enumerate(kept)}
-    new = [number[final(storage)] for storage in range(len(map_.storages))]
-    return StorageMap(
+
+    def new(storages: Iterable[int]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(number[final(storage)] for storage in storages))
+
+    return replace(
+        map_,
         storages=tuple(map_.storages[storage] for storage in kept),
-        behind={node: new[storage] for node, storage in map_.behind.items()},
-        writes={node: tuple(new[s] for s in written) for node, written in map_.writes.items()},
-        forward=map_.forward,
-        inlined={node: tuple(dict.fromkeys(new[s] for s in storages)) for node, storages in map_.inlined.items()},
-        joined=joined,
+        behind={node: number[final(storage)] for node, storage in map_.behind.items()},
+        writes={node: new(written) for node, written in map_.writes.items()},
+        inlined={node: new(storages) for node, storages in map_.inlined.items()},
     )
 
 
@@ -113,12 +114,12 @@ class _Inlining:
     """Decides node by node, in the order of the graph, from which storages each is computed."""
 
     def __init__(self, joint: JointGraph, map_: StorageMap) -> None:
-        self._map = map_
         self.inlined: dict[fx.Node, tuple[int, ...]] = {}
+        self._map = replace(map_, inlined=self.inlined)  # reads through what is inlined so far
         self._handed_out = _handed_out(joint, map_)
         for node in joint.module.graph.nodes:
             if node.op == "call_function" and self._is_inlined(node):
-                self.inlined[node] = self._sources(node)
+                self.inlined[node] = self._map.reads(node)
 
     def _is_inlined(self, node: fx.Node) -> bool:
         written = self._map.writes.get(node)
@@ -129,7 +130,7 @@ class _Inlining:
         readers = self._readers(node)
         if not readers or not all(map(is_fusible, readers)):
             return False
-        large = [s for s in self._sources(node) if self._bytes(s) * _SMALL >= self._bytes(written[0])]
+        large = [s for s in self._map.reads(node) if self._bytes(s) * _SMALL >= self._bytes(written[0])]
         if len(large) > _MOST_READS:
             return False
         return sum(not self._is_given(s) for s in large) <= 1 or self._is_read_once(node, readers)
@@ -152,9 +153,6 @@ class _Inlining:
             else:
                 found[user] = None
         return list(found)
-
-    def _sources(self, node: fx.Node) -> tuple[int, ...]:
-        return replace(self._map, inlined=self.inlined).reads(node)
 
     def _bytes(self, storage: int) -> int:
         return self._map.storages[storage].size_bytes
@@ -201,22 +199,13 @@ def _with_memory(storages: Iterable[int], over: Mapping[int, int]) -> Iterator[i
 
 def _reads_in_place(node: fx.Node, storage: int, map_: StorageMap) -> bool:
     """Whether a kernel reads a storage, which the value of one node fills, at the places that it writes."""
-    result = node.meta["val"]
     found = [
         source
         for part in (*inlined_into(node, map_), node)
         for source in part.all_input_nodes
         if map_.behind.get(source) == storage
     ]
-    return bool(found) and all(
-        _form(source.meta["val"]) == _form(result)
-        and source.meta["val"].untyped_storage().nbytes() == result.numel() * result.element_size() > 0
-        for source in found
-    )
-
-
-def _form(value: torch.Tensor) -> tuple[Any, ...]:
-    return value.shape, value.stride(), value.dtype, value.device
+    return bool(found) and all(fills(source, node) for source in found)
 
 
 def kernel_costs(map_: StorageMap, libraries: CostModel, device: DeviceProfile) -> CostModel:

@@ -112,23 +112,19 @@ def executable(profile: Profile, timeline: Timeline, hooked: frozenset[int] = fr
         hooked: inputs that hooks may change during backward.
     """
     emitted = emit(profile, timeline.schedule, hooked)
-    kernels = Kernels(profile, timeline, timeline.peak_bytes)
-    return _built(profile, emitted, kernels)
+    kernels = Kernels(profile, timeline)
+    halves = (_half(profile, emitted.forward, kernels), _half(profile, emitted.backward, kernels))
+    forward = compile_boxed(emitted.forward, profile.joint.module, "Forward")
+    backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
+    return InductorExecutable(emitted, (forward, backward), halves, kernels.peak_bytes)
 
 
 def continuing(ran: Executable, emitted: Emitted, profile: Profile) -> InductorExecutable:
     """The backward of `emitted`, made from `profile`, behind the forward that `ran` runs."""
     assert isinstance(ran, InductorExecutable)
-    half = _half(profile, emitted.backward, Kernels(profile, None, 0))
+    half = _half(profile, emitted.backward, Kernels(profile, None))
     backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
     return InductorExecutable(emitted, (ran.modules[0], backward), (ran.halves[0], half))
-
-
-def _built(profile: Profile, emitted: Emitted, kernels: Kernels) -> InductorExecutable:
-    halves = (_half(profile, emitted.forward, kernels), _half(profile, emitted.backward, kernels))
-    forward = compile_boxed(emitted.forward, profile.joint.module, "Forward")
-    backward = compile_boxed(emitted.backward, profile.joint.module, "Backward")
-    return InductorExecutable(emitted, (forward, backward), halves, kernels.peak_bytes)
 
 
 def _half(profile: Profile, graph: fx.Graph, kernels: Kernels) -> Half:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ class Kernels:
 
     Args:
         profile: the captured step.
-        timeline: the schedule that the segments are of; None for one that nothing is known of.
-        limit_bytes: what the step may take where kernels span several steps of the schedule [B].
+        timeline: the schedule that the segments are of, whose peak they may take where kernels span several steps of
+            it; None for one that nothing is known of.
     """
 
-    def __init__(self, profile: Profile, timeline: Timeline | None, limit_bytes: int) -> None:
-        self._profile, self._timeline, self._limit_bytes = profile, timeline, limit_bytes
+    def __init__(self, profile: Profile, timeline: Timeline | None) -> None:
+        self._profile, self._timeline = profile, timeline
         graph = profile.graph
         self.peak_bytes = timeline.peak_bytes if timeline else 0
         self._alive: dict[int | str, int] = {}  # bytes of what is in use between segments
@@ -46,7 +46,8 @@ class Kernels:
     def compiled(self, segments: Sequence[Segment]) -> Iterator[tuple[Call, tuple[int, ...]]]:
         """For each segment what runs it, and which of its inputs, by place, it may write over."""
         bodies = [body(segment, self._profile.joint.module) for segment in segments]
-        donated = [self._donated(segment, segments[place + 1 :]) for place, segment in enumerate(segments)]
+        last = {self._storage(node): place for place, segment in enumerate(segments) for node in segment.inputs}
+        donated = [self._donated(segment, place, last) for place, segment in enumerate(segments)]
         rooms = [self._room(module) for module in bodies]
         forms = [
             _form(module, given) if segment.compiled else ""
@@ -158,18 +159,23 @@ class Kernels:
         if self._timeline is None:
             return RoomForFusion((0,) * (steps[-1] - first + 1))
         live = self._timeline.live_bytes[first : steps[-1] + 1]
-        return RoomForFusion(tuple(int(self._limit_bytes - taken) for taken in live))
+        return RoomForFusion(tuple(int(self._timeline.peak_bytes - taken) for taken in live))
 
-    def _donated(self, segment: Segment, later: Sequence[Segment]) -> tuple[int, ...]:
-        """Inputs that die in a segment, are the step's own, and are alone in their memory."""
+    def _donated(self, segment: Segment, number: int, last: Mapping[int | None, int]) -> tuple[int, ...]:
+        """Inputs that die in a segment, are the step's own, and are alone in their memory.
+
+        Args:
+            segment: what runs.
+            number: its place among the segments.
+            last: for each storage that is an input the last segment which reads it.
+        """
         if not segment.compiled:
             return ()
         alive = [self._storage(node) for node in segment.inputs]
-        after = {self._storage(node) for other in later for node in other.inputs}
         return tuple(
             place
             for place, node in enumerate(segment.inputs)
-            if node in segment.dying and self._is_own(alive[place], alive) and alive[place] not in after
+            if node in segment.dying and self._is_own(alive[place], alive) and last[alive[place]] == number
         )
 
     def _is_own(self, storage: int | None, alive: list[int | None]) -> bool:

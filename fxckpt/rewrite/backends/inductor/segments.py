@@ -11,13 +11,12 @@ library, since nothing is fused across one. Equal blocks then give equal segment
 from __future__ import annotations
 
 import re
-from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
 
-from fxckpt.capture.nodes import has_effects, is_exchange, is_selection
+from fxckpt.capture.nodes import has_effects, is_exchange, is_selection, sources_first
 from fxckpt.profile.build import Profile
 from fxckpt.rewrite.emitted import deliver
 from fxckpt.upstream.fusible import is_fusible
@@ -194,7 +193,7 @@ def body(segment: Segment, constants: fx.GraphModule) -> fx.GraphModule:
         copies[node].meta["val"] = node.meta.get("val")
 
     def copy(node: fx.Node) -> fx.Node:
-        for source in _behind(node, copies):
+        for source in sources_first([node], lambda n: n not in copies):
             copies[source] = graph.node_copy(source, copies.__getitem__)
             copies[source].name = f"value_{len(copies)}"
             step = source.meta.get("fxckpt_step")
@@ -205,17 +204,3 @@ def body(segment: Segment, constants: fx.GraphModule) -> fx.GraphModule:
         copy(node)
     graph.output(tuple(None if node is None else copy(node) for node in segment.outputs))
     return fx.GraphModule(constants, graph)
-
-
-def _behind(node: fx.Node, there: Container[fx.Node]) -> list[fx.Node]:
-    """A node and those that it needs and that are not there yet, sources first."""
-    order: dict[fx.Node, None] = {}
-    stack: list[tuple[fx.Node, bool]] = [(node, False)]
-    while stack:
-        source, ready = stack.pop()
-        if ready:
-            order[source] = None
-        elif source not in there and source not in order:
-            stack.append((source, True))
-            stack += [(n, False) for n in reversed(source.all_input_nodes)]
-    return list(order)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxckpt.capture.nodes import is_exchange
+from fxckpt.capture.nodes import fills, is_exchange
 from fxckpt.core.graph import RESIDENT
 from fxckpt.core.lifetimes import Lifetime
 from fxckpt.core.simulate import Timeline
@@ -75,7 +75,7 @@ def overwritten(profile: Profile, timeline: Timeline) -> dict[int, fx.Node]:
             storage = profile.map.behind.get(source)
             life = last.get((storage, step)) if storage is not None and storage not in kept else None
             viewed = any(profile.map.behind.get(n) == storage for n in node.all_input_nodes if n is not source)
-            if life and not viewed and _is_own(profile, life, step, split) and _fills(source, node):
+            if life and not viewed and _is_own(profile, life, step, split) and fills(source, node):
                 found[step] = source
                 break
     return found
@@ -96,16 +96,6 @@ def _candidates(node: fx.Node) -> list[fx.Node]:
 def _is_own(profile: Profile, life: Lifetime, step: int, split: int) -> bool:
     kind = profile.graph.storages[life.storage].kind
     return kind not in RESIDENT and kind != "tangent" and life.born < step and (life.born < split) == (step < split)
-
-
-def _fills(source: fx.Node, node: fx.Node) -> bool:
-    """Whether a value has the form of the node's result and takes up its whole storage."""
-    old, new = source.meta["val"], node.meta["val"]
-    return _form(old) == _form(new) and old.untyped_storage().nbytes() == new.numel() * new.element_size() > 0
-
-
-def _form(value: torch.Tensor) -> tuple[Any, ...]:
-    return value.shape, value.stride(), value.dtype, value.device, value.is_conj(), value.is_neg()
 
 
 def _overwriting(node: fx.Node, value: fx.Node) -> tuple[OpOverload, dict[str, fx.Node]]:
